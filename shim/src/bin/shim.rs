@@ -1,0 +1,2 @@
+//! Shim entry.
+fn main() {}
