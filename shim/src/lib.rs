@@ -1,1 +1,3 @@
 //! shim
+pub mod host_cgroup;
+pub mod ledger;

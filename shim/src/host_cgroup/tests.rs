@@ -1,0 +1,116 @@
+//! Tests on the real cgroup hierarchies of the machine. Need root, and say so when they skip.
+
+use super::*;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+
+fn root_or_skip() -> bool {
+    let ok = rustix::process::geteuid().is_root() && !hierarchies().is_empty();
+    if !ok {
+        eprintln!("SKIPPED: needs root and a mounted cgroup hierarchy");
+    }
+    ok
+}
+
+fn ledger() -> (tempfile::TempDir, Ledger) {
+    let base = tempfile::tempdir().unwrap();
+    let ledger = Ledger::open(&base.path().join("pod")).unwrap();
+    (base, ledger)
+}
+
+#[test]
+fn hybrid_mounts_are_found_once_each() {
+    let text = "\
+30 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+31 30 0:27 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+32 30 0:28 / /sys/fs/cgroup/unified rw shared:4 - cgroup2 cgroup2 rw
+33 30 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+34 30 0:29 / /mnt/elsewhere rw - cgroup cgroup rw,cpuset
+junk
+";
+    assert_eq!(
+        parse_mountinfo(text),
+        [
+            Path::new("/sys/fs/cgroup/cpu,cpuacct"),
+            Path::new("/sys/fs/cgroup/unified")
+        ]
+    );
+}
+
+#[test]
+fn a_pods_cgroup_holds_its_processes_and_goes_with_them_and_its_empty_parents() {
+    if !root_or_skip() {
+        return;
+    }
+    let (_base, ledger) = ledger();
+    let top = format!("sealpod-test-{}", std::process::id());
+    let a = HostCgroup::create(&format!("/{top}/x/a"), "a", &ledger, true).unwrap();
+    let b = HostCgroup::create(&format!("/{top}/x/b"), "b", &ledger, true).unwrap();
+    assert!(a.degraded().is_empty());
+    let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+    a.join(child.id()).unwrap();
+    for dir in a.dirs() {
+        let procs = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap();
+        assert_eq!(procs.trim(), child.id().to_string(), "{}", dir.display());
+    }
+    a.remove().unwrap();
+    a.remove().unwrap();
+    assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+    assert!(a.dirs().iter().all(|d| !d.exists()));
+    assert!(b.dirs().iter().all(|d| d.exists()));
+    b.remove().unwrap();
+    for root in hierarchies() {
+        assert!(!root.join(&top).exists(), "{}", root.display());
+    }
+}
+
+#[test]
+fn a_parent_that_was_there_before_stays() {
+    if !root_or_skip() {
+        return;
+    }
+    let (_base, ledger) = ledger();
+    let top = format!("sealpod-kept-{}", std::process::id());
+    let kept: Vec<PathBuf> = hierarchies().iter().map(|r| r.join(&top)).collect();
+    for dir in &kept {
+        std::fs::create_dir(dir).unwrap();
+    }
+    let a = HostCgroup::create(&format!("/{top}/a"), "a", &ledger, true).unwrap();
+    a.remove().unwrap();
+    for dir in &kept {
+        assert!(dir.exists(), "{}", dir.display());
+        std::fs::remove_dir(dir).unwrap();
+    }
+}
+
+#[test]
+fn a_process_that_keeps_forking_is_killed_with_all_its_children() {
+    if !root_or_skip() {
+        return;
+    }
+    let (base, ledger) = ledger();
+    let top = format!("sealpod-fork-{}", std::process::id());
+    let a = HostCgroup::create(&format!("/{top}/a"), "a", &ledger, true).unwrap();
+    // Joins before it forks, and forks until it is killed.
+    let script = "read go; while true; do sleep 100 & sleep 0.01; done";
+    let mut child = Command::new("sh")
+        .args(["-c", script])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    a.join(child.id()).unwrap();
+    child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    while std::fs::read_to_string(a.dirs()[0].join("cgroup.procs"))
+        .unwrap()
+        .lines()
+        .count()
+        < 4
+    {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    // As `delete` does after the shim was killed: from the ledger alone.
+    let report = crate::ledger::clean(&base.path().join("pod"));
+    assert!(report.is_clean(), "{report:?}");
+    child.wait().unwrap();
+    assert!(a.dirs().iter().all(|d| !d.exists()));
+}
