@@ -14,7 +14,7 @@ here=$(dirname "$(readlink -f "$0")")
 build() {
     command -v cargo >/dev/null || die "cargo is not on PATH: install Rust (rustup.rs) first"
     machine_packages gcc libc6-dev make pkg-config bc bison flex libelf-dev libssl-dev cpio xz-utils \
-        gzip file python3-minimal rsync libseccomp-dev libcap-ng-dev
+        gzip file python3-minimal rsync libseccomp-dev libcap-ng-dev protobuf-compiler
 }
 
 clients() {

@@ -1,0 +1,125 @@
+//! containerd driven by its own command-line client, `ctr`.
+
+use std::process::Child;
+
+use crate::{Env, assets, env::Done, image::BUSYBOX};
+
+/// containerd namespace of the `ctr` tests.
+pub const NAMESPACE: &str = "default";
+
+impl Env {
+    /// `ctr` in a containerd namespace.
+    ///
+    /// # Panics
+    /// Where it cannot be started.
+    pub fn ctr_in(&self, namespace: &str, args: &[&str]) -> Done {
+        let mut all = vec!["-n", namespace];
+        all.extend(args);
+        self.run("ctr", &all)
+    }
+
+    /// `ctr`.
+    ///
+    /// # Panics
+    /// Where it cannot be started.
+    pub fn ctr(&self, args: &[&str]) -> Done {
+        self.ctr_in(NAMESPACE, args)
+    }
+
+    /// Arguments of `ctr run` for the runtime under test: options, then id, then the command.
+    #[must_use]
+    pub fn run_args(&self, options: &[&str], id: &str, command: &[&str]) -> Vec<String> {
+        self.image_run_args(&assets::runtime(), BUSYBOX, options, id, command)
+    }
+
+    /// The same for any runtime and image.
+    #[must_use]
+    pub fn image_run_args(
+        &self,
+        runtime: &str,
+        image: &str,
+        options: &[&str],
+        id: &str,
+        command: &[&str],
+    ) -> Vec<String> {
+        let mut args = vec!["-n", NAMESPACE, "run", "--runtime", runtime];
+        args.extend(options);
+        args.extend([image, id]);
+        args.extend(command);
+        args.into_iter().map(str::to_owned).collect()
+    }
+
+    /// `ctr run --rm` to its end.
+    ///
+    /// # Panics
+    /// Where `ctr` cannot be started.
+    pub fn ctr_run(&self, options: &[&str], id: &str, command: &[&str]) -> Done {
+        let mut all = vec!["--rm"];
+        all.extend(options);
+        let args = self.run_args(&all, id, command);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        self.run("ctr", &args)
+    }
+
+    /// `ctr run --detach`.
+    ///
+    /// # Panics
+    /// Where the container does not start.
+    #[track_caller]
+    pub fn ctr_start(&self, options: &[&str], id: &str, command: &[&str]) {
+        let mut all = vec!["--detach"];
+        all.extend(options);
+        let args = self.run_args(&all, id, command);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let _ = self.run("ctr", &args).ok();
+    }
+
+    /// `ctr run --rm` with its standard streams piped, not waited for.
+    ///
+    /// # Panics
+    /// Where `ctr` cannot be started.
+    pub fn ctr_spawn(&self, options: &[&str], id: &str, command: &[&str]) -> Child {
+        let mut all = vec!["--rm"];
+        all.extend(options);
+        let args = self.run_args(&all, id, command);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        self.spawn("ctr", &args)
+    }
+
+    /// `ctr task exec`.
+    ///
+    /// # Panics
+    /// Where `ctr` cannot be started.
+    pub fn ctr_exec(&self, id: &str, exec_id: &str, command: &[&str]) -> Done {
+        let mut args = vec!["task", "exec", "--exec-id", exec_id, id];
+        args.extend(command);
+        self.ctr(&args)
+    }
+
+    /// A container's status by `ctr task ls`, or `None`.
+    #[must_use]
+    pub fn ctr_status(&self, id: &str) -> Option<String> {
+        let list = self.ctr(&["task", "ls"]).stdout;
+        let line = list
+            .lines()
+            .find(|l| l.split_whitespace().next() == Some(id))?;
+        line.split_whitespace().nth(2).map(str::to_owned)
+    }
+
+    /// PID of a task as containerd knows it.
+    #[must_use]
+    pub fn ctr_pid(&self, id: &str) -> Option<u32> {
+        let list = self.ctr(&["task", "ls"]).stdout;
+        let line = list
+            .lines()
+            .find(|l| l.split_whitespace().next() == Some(id))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    }
+
+    /// Kills and removes a container; fails quietly where nothing is there.
+    pub fn ctr_remove(&self, id: &str) {
+        let _ = self.ctr(&["task", "kill", "-s", "KILL", id]);
+        let _ = self.ctr(&["task", "delete", "-f", id]);
+        let _ = self.ctr(&["container", "delete", id]);
+    }
+}
