@@ -7,12 +7,12 @@ use std::{
     future::Future,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
-    path::Path,
     time::Duration,
 };
 
 use futures_util::TryStreamExt;
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use sealpod_shim::ledger::Ledger;
 use sealpod_shim::network::{PodNetns, PodNetwork, mac_text, portforward::PortForward};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -30,8 +30,16 @@ fn is_root() -> bool {
     root
 }
 
-fn record(_: &Path, _: &str) -> std::io::Result<()> {
-    Ok(())
+/// A pod's network, its ledger in a folder that lives as long as the test.
+async fn pod_network(netns: &PodNetns) -> (PodNetwork, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let ledger = Ledger::open(dir.path()).expect("ledger");
+    (
+        PodNetwork::new(netns.clone(), ledger)
+            .await
+            .expect("network"),
+        dir,
+    )
 }
 
 async fn netlink(netns: &PodNetns) -> Handle {
@@ -92,8 +100,8 @@ async fn frames_cross_the_mirror_both_ways_and_the_host_stack_stays_silent() {
         PodNetns::create().await.expect("netns"),
     );
     join(&outside, &pod, 1400).await;
-    let mut network = PodNetwork::new(pod.clone()).await.expect("network");
-    let mut nics = network.attach(&mut record).await.expect("attach");
+    let (mut network, _dir) = pod_network(&pod).await;
+    let mut nics = network.attach().await.expect("attach");
     assert_eq!(nics.len(), 1);
     let nic = nics.remove(0);
     assert_eq!(nic.mtu, Some(1400));
@@ -169,8 +177,8 @@ async fn guest_is_told_of_addresses_routes_neighbours_and_mtu() {
         .await
         .expect("neighbour");
 
-    let mut network = PodNetwork::new(pod.clone()).await.expect("network");
-    let nics = network.attach(&mut record).await.expect("attach");
+    let (mut network, _dir) = pod_network(&pod).await;
+    let nics = network.attach().await.expect("attach");
     let given = network.to_proto();
     assert_eq!(given.interfaces.len(), 1);
     let i = &given.interfaces[0];
@@ -212,7 +220,7 @@ async fn guest_is_told_of_addresses_routes_neighbours_and_mtu() {
         ("10.9.0.1", "02:00:00:00:00:01")
     );
 
-    let again = network.update(&mut record).await.expect("update");
+    let again = network.update().await.expect("update");
     assert!(
         again.network.is_none() && again.added.is_empty(),
         "nothing changed: {again:?}"
@@ -229,13 +237,13 @@ async fn spare_nic_is_joined_to_an_interface_that_comes_later() {
         PodNetns::create().await.expect("netns"),
         PodNetns::create().await.expect("netns"),
     );
-    let mut network = PodNetwork::new(pod.clone()).await.expect("network");
-    let mut nics = network.attach(&mut record).await.expect("attach");
+    let (mut network, _dir) = pod_network(&pod).await;
+    let mut nics = network.attach().await.expect("attach");
     assert_eq!((nics.len(), nics[0].mtu), (1, None));
     assert!(network.to_proto().interfaces.is_empty());
 
     join(&outside, &pod, 1500).await;
-    let update = network.update(&mut record).await.expect("update");
+    let update = network.update().await.expect("update");
     assert!(update.added.is_empty());
     let given = update.network.expect("a network");
     assert_eq!(
@@ -253,13 +261,13 @@ async fn spare_nic_is_joined_to_an_interface_that_comes_later() {
         .expect("veth");
     let net1 = index(&n, "net1").await;
     up(&n, net1, 1500).await;
-    let update = network.update(&mut record).await.expect("update");
+    let update = network.update().await.expect("update");
     assert_eq!(update.added.len(), 1);
     assert_eq!(update.network.expect("a network").interfaces[1].position, 1);
 
     // When it goes, its NIC is free again.
     n.link().del(net1).execute().await.expect("del");
-    let update = network.update(&mut record).await.expect("update");
+    let update = network.update().await.expect("update");
     assert_eq!(update.network.expect("a network").interfaces.len(), 1);
 
     let guest = Guest {
@@ -291,25 +299,19 @@ async fn interface_works_in_the_namespace_again_after_detach() {
         PodNetns::create().await.expect("netns"),
     );
     join(&outside, &pod, 1500).await;
-    let mut network = PodNetwork::new(pod.clone()).await.expect("network");
-    drop(network.attach(&mut record).await.expect("attach"));
+    let (mut network, _dir) = pod_network(&pod).await;
+    drop(network.attach().await.expect("attach"));
     network.detach().await.expect("detach");
     // The tap went with its descriptor, the qdisc with detach: a second pod can take the namespace.
-    let mut second = PodNetwork::new(pod.clone()).await.expect("network");
-    drop(second.attach(&mut record).await.expect("attach again"));
-
-    // As after a crash: by name only, and when there is nothing left to do.
+    // It dies without detaching; what it wrote down is enough to clean up, any number of times.
+    let by_path = PodNetns::open(&pod.path()).await.expect("open");
+    let (mut second, dir2) = pod_network(&by_path).await;
+    drop(second.attach().await.expect("attach again"));
+    drop(second);
     for _ in 0..2 {
-        sealpod_shim::network::remove_mirror(&pod.path(), "eth0")
-            .await
-            .expect("remove");
+        let report = sealpod_shim::ledger::clean(dir2.path());
+        assert!(report.is_clean(), "{report:?}");
     }
-    sealpod_shim::network::remove_mirror(&pod.path(), "gone0")
-        .await
-        .expect("gone interface");
-    sealpod_shim::network::remove_mirror(Path::new("/run/netns/gone"), "eth0")
-        .await
-        .expect("gone netns");
     let server = pod
         .run(|| UdpSocket::bind((POD, 9)).expect("bind"))
         .await
@@ -357,9 +359,9 @@ async fn interface_that_no_vm_can_have_is_refused_by_name() {
         eprintln!("SKIPPED: `ip` is not installed");
         return;
     }
-    let mut network = PodNetwork::new(pod).await.expect("network");
+    let (mut network, _dir) = pod_network(&pod).await;
     let error = network
-        .attach(&mut record)
+        .attach()
         .await
         .expect_err("a foreign tap")
         .to_string();
@@ -406,7 +408,7 @@ async fn tcp_to_the_namespaces_loopback_ends_in_the_guest() {
         return;
     }
     let pod = PodNetns::create().await.expect("netns");
-    let _network = PodNetwork::new(pod.clone()).await.expect("network");
+    let (_network, _dir) = pod_network(&pod).await;
     let forward = PortForward::start(&pod, guest_port).await.expect("forward");
     for address in ["127.0.0.1:80", "[::1]:80"] {
         let address: SocketAddr = address.parse().expect("address");

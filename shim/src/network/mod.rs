@@ -26,7 +26,6 @@ use std::{
     fs::File,
     io::{self, Read},
     os::fd::OwnedFd,
-    path::Path,
 };
 
 use rtnetlink::{Handle, LinkUnspec};
@@ -37,6 +36,7 @@ pub use self::{
     netns::{NetnsError, PodNetns},
     scan::{Link, Snapshot},
 };
+use crate::ledger::{EntryId, Ledger, LedgerError, Resource};
 
 /// Interfaces that a pod may have.
 pub const MAX_INTERFACES: usize = 8;
@@ -88,14 +88,9 @@ pub enum Error {
         /// The kernel's answer.
         source: rtnetlink::Error,
     },
-    /// The ledger.
-    #[error("Interface {name} cannot be written down before it is mirrored")]
-    Ledger {
-        /// In the namespace.
-        name: String,
-        /// Why not.
-        source: io::Error,
-    },
+    /// Nothing is mirrored that is not written down first.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
 }
 
 /// The VM's end of one NIC.
@@ -118,15 +113,23 @@ pub struct Update {
     pub network: Option<agent::Network>,
 }
 
-/// Called with the namespace's path and an interface's name before a qdisc is put on it, so that
-/// [`remove_mirror`] can undo it after a crash. Not called where the namespace goes with the pod.
-pub type Record<'a> = &'a mut (dyn FnMut(&Path, &str) -> io::Result<()> + Send);
-
 /// One NIC of the guest; its place in the list is its position there.
 #[derive(Debug)]
 struct Nic {
     tap: u32,
     link: Option<u32>,
+    /// Of the interface's ingress qdisc; none where the namespace goes with the pod.
+    entry: Option<EntryId>,
+}
+
+impl Nic {
+    fn spare(tap: &Tap) -> Self {
+        Self {
+            tap: tap.index,
+            link: None,
+            entry: None,
+        }
+    }
 }
 
 /// The network of one pod.
@@ -134,6 +137,7 @@ struct Nic {
 pub struct PodNetwork {
     netns: PodNetns,
     netlink: Handle,
+    ledger: Ledger,
     nics: Vec<Nic>,
     given: agent::Network,
 }
@@ -143,7 +147,7 @@ impl PodNetwork {
     ///
     /// # Errors
     /// [`Error::Netns`], [`Error::Socket`], [`Error::Netlink`].
-    pub async fn new(netns: PodNetns) -> Result<Self, Error> {
+    pub async fn new(netns: PodNetns, ledger: Ledger) -> Result<Self, Error> {
         let runtime = tokio::runtime::Handle::current();
         let (connection, netlink, _) = netns
             .run(move || {
@@ -166,6 +170,7 @@ impl PodNetwork {
         Ok(Self {
             netns,
             netlink,
+            ledger,
             nics: Vec::new(),
             given: agent::Network::new(),
         })
@@ -182,14 +187,11 @@ impl PodNetwork {
     ///
     /// # Errors
     /// See [`Error`]. What was mirrored before the error is taken off by [`PodNetwork::detach`].
-    pub async fn attach(&mut self, record: Record<'_>) -> Result<Vec<TapNic>, Error> {
-        let mut added = self.update(record).await?.added;
+    pub async fn attach(&mut self) -> Result<Vec<TapNic>, Error> {
+        let mut added = self.update().await?.added;
         if added.is_empty() && self.nics.is_empty() {
             let tap = self.tap().await?;
-            self.nics.push(Nic {
-                tap: tap.index,
-                link: None,
-            });
+            self.nics.push(Nic::spare(&tap));
             added.push(TapNic {
                 tap: tap.fd,
                 mac: random_mac().map_err(Error::Tap)?,
@@ -211,7 +213,7 @@ impl PodNetwork {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn update(&mut self, record: Record<'_>) -> Result<Update, Error> {
+    pub async fn update(&mut self) -> Result<Update, Error> {
         let ours: Vec<u32> = self.nics.iter().map(|n| n.tap).collect();
         let snapshot = scan::snapshot(&self.netlink, &ours).await?;
         if snapshot.links.len() > MAX_INTERFACES {
@@ -222,12 +224,13 @@ impl PodNetwork {
             if nic.link.is_some_and(gone) {
                 mirror::disconnect(&self.netlink, nic.tap).await?;
                 nic.link = None;
+                release(&self.ledger, nic.entry.take())?;
             }
         }
         let mut added = Vec::new();
         for link in &snapshot.links {
             if !self.nics.iter().any(|n| n.link == Some(link.index)) {
-                added.extend(self.mirror(link, &mut *record).await?);
+                added.extend(self.mirror(link).await?);
             }
         }
         let network = self.describe(snapshot);
@@ -243,39 +246,40 @@ impl PodNetwork {
     /// The taps go when the VM's descriptors are closed.
     ///
     /// # Errors
-    /// [`Error::Netlink`], after everything was tried.
+    /// [`Error::Netlink`] or [`Error::Ledger`], after everything was tried.
     pub async fn detach(&mut self) -> Result<(), Error> {
         let mut result = Ok(());
         for nic in self.nics.drain(..) {
-            if let Some(link) = nic.link {
-                result = result.and(mirror::disconnect(&self.netlink, link).await);
-            }
+            let Some(link) = nic.link else { continue };
+            let done = match mirror::disconnect(&self.netlink, link).await {
+                Ok(()) => release(&self.ledger, nic.entry),
+                failed => failed,
+            };
+            result = result.and(done);
         }
         result
     }
 
     /// Mirrors one interface; returns the VM's end where no spare tap could take it.
-    async fn mirror(&mut self, link: &Link, record: Record<'_>) -> Result<Option<TapNic>, Error> {
+    async fn mirror(&mut self, link: &Link) -> Result<Option<TapNic>, Error> {
         let spare = self.nics.iter().position(|n| n.link.is_none());
         let (place, fd) = match spare {
             Some(place) => (place, None),
             None => {
                 let tap = self.tap().await?;
-                self.nics.push(Nic {
-                    tap: tap.index,
-                    link: None,
-                });
+                self.nics.push(Nic::spare(&tap));
                 (self.nics.len() - 1, Some(tap.fd))
             }
         };
-        if let Some(path) = self.netns.given_path() {
-            record(path, &link.name).map_err(|source| Error::Ledger {
-                name: link.name.clone(),
-                source,
-            })?;
-        }
+        let entry = match self.netns.given_path() {
+            Some(netns) => Some(self.ledger.record(Resource::Qdisc {
+                netns: netns.into(),
+                ifname: link.name.clone(),
+            })?),
+            None => None,
+        };
         let nic = &mut self.nics[place];
-        nic.link = Some(link.index);
+        (nic.link, nic.entry) = (Some(link.index), entry);
         mirror::connect(&self.netlink, link, nic.tap).await?;
         Ok(fd.map(|tap| TapNic {
             tap,
@@ -311,28 +315,8 @@ impl PodNetwork {
     }
 }
 
-/// Takes the mirror off an interface from outside of a pod, after a crash. Idempotent: a namespace
-/// or an interface that is gone is what was wanted.
-///
-/// # Errors
-/// See [`Error`].
-pub async fn remove_mirror(netns: &Path, interface: &str) -> Result<(), Error> {
-    let netns = match PodNetns::open(netns).await {
-        Err(NetnsError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok(());
-        }
-        // A path under /run/netns whose mount is gone is an empty file.
-        Err(NetnsError::NotANamespace(_)) => return Ok(()),
-        other => other?,
-    };
-    let name = interface.to_owned();
-    let index = netns
-        .run(move || nix::net::if_::if_nametoindex(name.as_str()))
-        .await?;
-    match index {
-        Ok(index) => mirror::disconnect(&PodNetwork::new(netns).await?.netlink, index).await,
-        Err(_) => Ok(()),
-    }
+fn release(ledger: &Ledger, entry: Option<EntryId>) -> Result<(), Error> {
+    Ok(entry.map_or(Ok(()), |e| ledger.release(e))?)
 }
 
 /// `aa:bb:cc:dd:ee:ff`.
