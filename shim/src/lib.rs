@@ -1,3 +1,4 @@
 //! shim
 pub mod host_cgroup;
 pub mod ledger;
+pub mod child;
