@@ -163,14 +163,20 @@ impl Containerd {
     pub fn log_tail(&self, lines: usize) -> String {
         let log = std::fs::read(self.folder.join("containerd.log")).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
-        let all: Vec<&str> = log.lines().collect();
+        let all: Vec<&str> = log
+            .lines()
+            .filter(|l| !l.contains("loading plugin"))
+            .collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 
     fn config(&self) -> String {
         let folder = self.folder.display();
         let cni_bin = assets::unpacked("tools/usr/lib/cni");
-        let cni_bin = cni_bin.display();
+        let cni_bin = match self.version {
+            Version::V1_6 | Version::V1_7 => format!("bin_dir = {cni_bin:?}"),
+            Version::V2_1 | Version::V2_1Sandbox => format!("bin_dirs = [{cni_bin:?}]"),
+        };
         let off = r#"["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs",
   "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs",
@@ -192,7 +198,7 @@ impl Containerd {
         };
         let mut cri_lines = format!(
             "[plugins.\"{cri}\"]\nrestrict_oom_score_adj = true\nenable_cdi = false\n\
-             [plugins.\"{cri}\".cni]\nbin_dir = \"{cni_bin}\"\nconf_dir = \"{folder}/cni\"\n\
+             [plugins.\"{cri}\".cni]\n{cni_bin}\nconf_dir = \"{folder}/cni\"\n\
              [plugins.\"{cri}\".containerd]\ndefault_runtime_name = \"tested\"\n\
              [plugins.\"{cri}\".containerd.runtimes.tested]\nruntime_type = \"{}\"\n\
              pod_annotations = [\"io.sealpod.*\", \"io.katacontainers.*\"]\n\

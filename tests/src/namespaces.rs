@@ -13,8 +13,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// What PID 1 of the environment does. `/run` and `/var/lib` become empty: no state of the machine is
-/// seen, none is left. It ends when its standard input does, that is with the test process. Ignored
-/// SIGCHLD means that the kernel reaps orphans.
+/// seen, none is left. It ends when its standard input does, that is with the test process; meanwhile
+/// bash reaps orphans.
 const INIT: &str = r#"
 set -e
 mount --make-rshared /
@@ -24,8 +24,7 @@ mkdir -p /run/lock /run/netns
 ip link set lo up
 echo 1 > /proc/sys/net/ipv4/ip_forward
 echo ready
-trap '' CHLD
-exec cat > /dev/null
+while read -r _; do :; done
 "#;
 
 /// A set of namespaces with an idle PID 1.
@@ -58,7 +57,7 @@ impl Namespaces {
                 "-f",
                 "--kill-child",
                 "--mount-proc",
-                "sh",
+                "bash",
                 "-c",
                 INIT,
             ])
