@@ -1,0 +1,2 @@
+//! Program `sealpod-attest`.
+fn main() {}
