@@ -268,7 +268,9 @@ impl Engine {
                 self.remove(oldest);
             }
             let id = self.table.add_greeting(stream);
-            if !self.watch(id) {
+            if self.watch(id) {
+                self.greet(id); // most clients have already said it
+            } else {
                 self.remove(id);
             }
         }
