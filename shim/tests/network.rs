@@ -4,17 +4,15 @@
 
 use std::{
     fs::File,
-    future::Future,
     io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     time::Duration,
 };
 
 use futures_util::TryStreamExt;
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use sealpod_shim::ledger::Ledger;
-use sealpod_shim::network::{PodNetns, PodNetwork, mac_text, portforward::PortForward};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use sealpod_shim::network::{PodNetns, PodNetwork, mac_text};
 
 const POD: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
@@ -368,75 +366,6 @@ async fn interface_that_no_vm_can_have_is_refused_by_name() {
     assert!(
         error.starts_with("Interface foreign0 (kind `tun`) cannot be given to a VM"),
         "{error}"
-    );
-}
-
-/// A guest's TCP ports, as the agent would serve them: port 80 echoes, all others refuse.
-async fn guest_port(port: u16) -> std::io::Result<tokio::net::UnixStream> {
-    if port != 80 {
-        return Err(std::io::ErrorKind::ConnectionRefused.into());
-    }
-    let (host, mut guest) = tokio::net::UnixStream::pair()?;
-    tokio::spawn(async move {
-        let mut all = Vec::new();
-        // Reads up to the client's half-close before it answers: both halves must work alone.
-        guest.read_to_end(&mut all).await?;
-        guest.write_all(&all).await
-    });
-    Ok(host)
-}
-
-async fn in_netns<T: Send + 'static, D: Future<Output = T>>(
-    netns: &PodNetns,
-    f: impl FnOnce() -> D + Send + 'static,
-) -> T {
-    netns
-        .run(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .expect("runtime");
-            runtime.block_on(f())
-        })
-        .await
-        .expect("netns")
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn tcp_to_the_namespaces_loopback_ends_in_the_guest() {
-    if !is_root() {
-        return;
-    }
-    let pod = PodNetns::create().await.expect("netns");
-    let (_network, _dir) = pod_network(&pod).await;
-    let forward = PortForward::start(&pod, guest_port).await.expect("forward");
-    for address in ["127.0.0.1:80", "[::1]:80"] {
-        let address: SocketAddr = address.parse().expect("address");
-        let echoed = in_netns(&pod, move || async move {
-            let mut stream = tokio::net::TcpStream::connect(address).await?;
-            stream.write_all(&vec![b'x'; 300_000]).await?;
-            stream.shutdown().await?;
-            let mut all = Vec::new();
-            stream.read_to_end(&mut all).await?;
-            std::io::Result::Ok(all.len())
-        })
-        .await
-        .expect("echo");
-        assert_eq!(echoed, 300_000, "{address}");
-    }
-    let refused = in_netns(&pod, || async {
-        let mut stream = tokio::net::TcpStream::connect("127.0.0.1:81").await?;
-        stream.read(&mut [0; 1]).await
-    })
-    .await
-    .expect_err("nobody listens in the guest");
-    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionReset);
-
-    drop(forward);
-    let after = in_netns(&pod, || tokio::net::TcpStream::connect("127.0.0.1:80")).await;
-    assert_eq!(
-        after.expect_err("no longer steered").kind(),
-        std::io::ErrorKind::ConnectionRefused
     );
 }
 

@@ -148,25 +148,7 @@ impl PodNetwork {
     /// # Errors
     /// [`Error::Netns`], [`Error::Socket`], [`Error::Netlink`].
     pub async fn new(netns: PodNetns, ledger: Ledger) -> Result<Self, Error> {
-        let runtime = tokio::runtime::Handle::current();
-        let (connection, netlink, _) = netns
-            .run(move || {
-                let _in_runtime = runtime.enter();
-                rtnetlink::new_connection()
-            })
-            .await?
-            .map_err(Error::Socket)?;
-        tokio::spawn(connection);
-        let up = LinkUnspec::new_with_index(LOOPBACK).up().build();
-        netlink
-            .link()
-            .set(up)
-            .execute()
-            .await
-            .map_err(|source| Error::Netlink {
-                doing: "setting lo up",
-                source,
-            })?;
+        let netlink = netlink(&netns).await?;
         Ok(Self {
             netns,
             netlink,
@@ -313,6 +295,53 @@ impl PodNetwork {
             ..Default::default()
         }
     }
+}
+
+/// Tries everything that a pod's network needs, on two taps in a namespace made for it; gives back
+/// that namespace.
+///
+/// # Errors
+/// See [`Error`]: what this host does not have.
+pub(crate) async fn try_mirror() -> Result<PodNetns, Error> {
+    let netns = PodNetns::create().await?;
+    let netlink = netlink(&netns).await?;
+    let tap = || async { netns.run(Tap::create).await?.map_err(Error::Tap) };
+    let (outside, inside) = (tap().await?, tap().await?);
+    let link = Link {
+        index: outside.index,
+        name: "trial".into(),
+        kind: "tun".into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        noarp: false,
+        addresses: Vec::new(),
+    };
+    mirror::connect(&netlink, &link, inside.index).await?;
+    Ok(netns)
+}
+
+/// A netlink socket of the namespace, which stays the namespace's; its loopback is set up.
+async fn netlink(netns: &PodNetns) -> Result<Handle, Error> {
+    let runtime = tokio::runtime::Handle::current();
+    let (connection, netlink, _) = netns
+        .run(move || {
+            let _in_runtime = runtime.enter();
+            rtnetlink::new_connection()
+        })
+        .await?
+        .map_err(Error::Socket)?;
+    tokio::spawn(connection);
+    let up = LinkUnspec::new_with_index(LOOPBACK).up().build();
+    netlink
+        .link()
+        .set(up)
+        .execute()
+        .await
+        .map_err(|source| Error::Netlink {
+            doing: "setting lo up",
+            source,
+        })?;
+    Ok(netlink)
 }
 
 fn release(ledger: &Ledger, entry: Option<EntryId>) -> Result<(), Error> {
