@@ -37,6 +37,44 @@ pub struct Env {
     before: Option<Snapshot>,
 }
 
+/// The pods' configuration: the programs of the build tree, all else as it is by default.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// The guest's root.
+    pub initramfs: PathBuf,
+    /// File server.
+    pub virtiofsd: PathBuf,
+    /// More lines, first of the section `hypervisor`.
+    pub more: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            kernel: absolute(assets::kernel()),
+            initramfs: absolute(assets::initramfs()),
+            virtiofsd: absolute(assets::virtiofsd()),
+            more: String::new(),
+        }
+    }
+}
+
+impl Settings {
+    fn text(&self) -> String {
+        let Self {
+            kernel,
+            initramfs,
+            virtiofsd,
+            more,
+        } = self;
+        format!(
+            "[hypervisor]\nkernel = {kernel:?}\ninitramfs = {initramfs:?}\nvirtiofsd = {virtiofsd:?}\n{more}"
+        )
+    }
+}
+
 /// What a client printed and how it ended.
 #[derive(Debug, Clone)]
 pub struct Done {
@@ -89,22 +127,24 @@ impl Env {
     /// # Errors
     /// Where something could not be set up; the message says what.
     pub fn new(version: Version) -> Result<Self> {
-        Self::with_config(version, "")
+        Self::with_settings(version, &Settings::default())
     }
 
-    /// The same, with lines appended to the `sealpod.toml` that its pods use.
+    /// The same with another `sealpod.toml` for its pods.
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn with_config(version: Version, sealpod_config: &str) -> Result<Self> {
+    pub fn with_settings(version: Version, settings: &Settings) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         // Short: socket paths below it have 108 bytes.
         let folder = tempfile::Builder::new().prefix("sp-").tempdir_in("/tmp")?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let tag = format!("t{}x{count}", std::process::id());
-        let namespaces = Namespaces::new()?;
-        cni::write_config(&folder.path().join("cni"))?;
-        write_config(folder.path(), sealpod_config)?;
+        let cni_conf = folder.path().join("cni");
+        cni::write_config(&cni_conf)?;
+        let namespaces = Namespaces::new(&cni_conf, &assets::unpacked("tools/usr/lib/cni"))?;
+        let config = folder.path().join("sealpod.toml");
+        std::fs::write(&config, settings.text()).context("sealpod.toml")?;
         let mut containerd = Containerd::new(version, folder.path());
         containerd.start(&namespaces)?;
         let sweep = CgroupSweep(tag.clone());
@@ -261,17 +301,6 @@ impl Drop for Env {
             );
         }
     }
-}
-
-/// The pods' configuration: the programs of the build tree, all else as it is by default.
-fn write_config(folder: &Path, more: &str) -> Result<()> {
-    let text = format!(
-        "[hypervisor]\nkernel = {:?}\ninitramfs = {:?}\nvirtiofsd = {:?}\n{more}",
-        absolute(assets::kernel()),
-        absolute(assets::initramfs()),
-        absolute(assets::virtiofsd()),
-    );
-    std::fs::write(folder.join("sealpod.toml"), text).context("sealpod.toml")
 }
 
 fn absolute(path: PathBuf) -> PathBuf {

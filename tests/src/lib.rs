@@ -23,4 +23,4 @@ pub mod wait;
 pub mod websocket;
 
 pub use containerd::Version;
-pub use env::Env;
+pub use env::{Env, Settings};

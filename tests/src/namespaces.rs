@@ -5,15 +5,15 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
-/// What PID 1 of the environment does. `/run` and `/var/lib` become empty: no state of the machine is
-/// seen, none is left. It ends when its standard input does, that is with the test process; meanwhile
+/// What PID 1 of the environment does. `/run` and `/var/lib` become empty and `/etc` a copy: no state of
+/// the machine is seen, none is left. `ctr --cni` looks for its network in fixed places. It ends when its standard input does, that is with the test process; meanwhile
 /// bash reaps orphans.
 const INIT: &str = r#"
 set -e
@@ -21,6 +21,13 @@ mount --make-rshared /
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=755 tmpfs /var/lib
 mkdir -p /run/lock /run/netns
+mkdir -p /var/lib/etc-upper /var/lib/etc-work
+mount -t overlay -o lowerdir=/etc,upperdir=/var/lib/etc-upper,workdir=/var/lib/etc-work overlay /etc
+mkdir -p /etc/cni
+ln -sfn "$CNI_CONF" /etc/cni/net.d
+mount -t tmpfs tmpfs /opt
+mkdir -p /opt/cni
+ln -s "$CNI_BIN" /opt/cni/bin
 ip link set lo up
 echo 1 > /proc/sys/net/ipv4/ip_forward
 echo ready
@@ -48,7 +55,7 @@ impl Namespaces {
     ///
     /// # Errors
     /// Where `unshare` fails: not root, or no right to.
-    pub fn new() -> Result<Self> {
+    pub fn new(cni_conf: &Path, cni_bin: &Path) -> Result<Self> {
         let mut holder = Command::new("unshare")
             .args([
                 "-m",
@@ -61,6 +68,8 @@ impl Namespaces {
                 "-c",
                 INIT,
             ])
+            .env("CNI_CONF", cni_conf)
+            .env("CNI_BIN", cni_bin)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     time::Duration,
 };
 
@@ -13,6 +13,17 @@ use crate::Env;
 const LIMIT: Duration = Duration::from_secs(10);
 
 impl Env {
+    /// The IPv4 address that a container's `eth0` has, as seen from inside.
+    ///
+    /// # Panics
+    /// Where it has none.
+    #[track_caller]
+    pub fn pod_address(&self, id: &str) -> IpAddr {
+        let script = "ip -4 -o addr show eth0 | sed 's/.*inet \\([0-9.]*\\).*/\\1/'";
+        let done = self.ctr_exec(id, "address", &["sh", "-c", script]).ok();
+        done.stdout.trim().parse().expect(&done.stdout)
+    }
+
     /// A connection from the environment's host side.
     ///
     /// # Errors

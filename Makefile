@@ -1,0 +1,66 @@
+# The commands of the project. Each does all of its own set-up on a Debian 12 machine with Rust, as
+# root, and shows progress on what takes long; a second run repeats nothing.
+.PHONY: help build guest-kernel guest demo test lint bench shell install clean
+.DEFAULT_GOAL := help
+
+PREFIX ?= /usr/local
+# containerd of `make demo`, `make bench` and `make shell`: 1.6, 1.7 or 2.1
+CONTAINERD ?= 1.7
+SETUP := tests/setup/setup.sh
+SAY := @printf '\033[1m==>\033[0m %s\n'
+BENCH := cargo run -q --profile test -p sealpod-tests --bin
+
+help: ## Show this
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+build: guest ## Build everything: guest kernel, agent, initramfs, virtiofsd, shim
+	$(SAY) "virtiofsd"
+	@shim/get-virtiofsd.sh >/dev/null
+	$(SAY) "shim"
+	@cargo build --release -p sealpod-shim
+
+guest-kernel:
+	@$(SETUP) build
+	$(SAY) "guest kernel (6 minutes the first time, then from the cache)"
+	@$(MAKE) -s -C guest-kernel all
+
+guest: guest-kernel
+	$(SAY) "agent and initramfs"
+	@agent/build.sh
+	@initramfs/pack.sh
+
+demo: build ## Show a container in a VM of its own: kernel, exec, HTTP over CNI, times
+	@$(SETUP) clients
+	@$(BENCH) demo -- $(CONTAINERD)
+
+test: build ## Unit, component and end-to-end tests
+	@$(SETUP) clients
+	@tests/run.sh
+
+lint: ## Format, clippy, documentation
+	@$(SETUP) build
+	$(SAY) "format, clippy, documentation"
+	@cargo fmt --all --check
+	@cargo clippy -q --workspace --all-targets -- -D warnings
+	@RUSTDOCFLAGS=-Dwarnings cargo doc -q --workspace --no-deps --document-private-items
+
+bench: build ## Measure starts, execs and memory against runc: target/bench/start.json
+	@$(SETUP) clients
+	@initramfs/pack.sh --floor
+	@$(BENCH) bench -- $(CONTAINERD)
+
+shell: build ## A shell with a private containerd whose default runtime is sealpod
+	@$(SETUP) clients
+	@$(BENCH) shell -- $(CONTAINERD)
+
+install: build ## Install below PREFIX (default /usr/local) and the configuration in /etc/sealpod
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin \
+		target/release/containerd-shim-sealpod-v2 target/release/sealpod
+	install -D -m 0755 "$$(shim/get-virtiofsd.sh)" $(DESTDIR)$(PREFIX)/libexec/sealpod/virtiofsd
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/sealpod \
+		target/guest/vmlinux target/guest/bzImage target/guest/initramfs.cpio*
+	test -e $(DESTDIR)/etc/sealpod/sealpod.toml || \
+		install -D -m 0644 configs/sealpod.toml $(DESTDIR)/etc/sealpod/sealpod.toml
+
+clean: ## Remove what was built; the cache outside the tree stays
+	cargo clean

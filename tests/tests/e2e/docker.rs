@@ -1,0 +1,76 @@
+//! Docker with the runtime under test.
+
+use sealpod_tests::{Env, Version, assets, docker::Docker, need, only_sealpod};
+
+#[test]
+fn docker_run_and_exec_work() {
+    need!(assets::complete());
+    let env = Env::new(Version::V2_1).unwrap();
+    let docker = Docker::start(&env).unwrap();
+    let done = docker.run(&["--rm"], &["sh", "-c", "echo out; echo err >&2; exit 7"]);
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (7, "out\n"),
+        "{}",
+        done.text()
+    );
+    assert!(done.stderr.contains("err\n"), "{}", done.text());
+
+    let started = docker
+        .run(
+            &["--detach", "--name", "d", "--hostname", "inside"],
+            &["sleep", "1000"],
+        )
+        .ok();
+    assert_eq!(started.stdout.trim().len(), 64, "{}", started.text());
+    let done = docker.docker(&["exec", "d", "sh", "-c", "hostname; exit 3"]);
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (3, "inside\n"),
+        "{}",
+        done.text()
+    );
+    let missing = docker.docker(&["exec", "d", "no-such-program"]);
+    assert_eq!(missing.code, 127, "{}", missing.text());
+    assert!(
+        missing
+            .text()
+            .contains("executable file not found in $PATH"),
+        "{}",
+        missing.text()
+    );
+    let inspect = docker
+        .docker(&["inspect", "-f", "{{.State.Status}}", "d"])
+        .ok();
+    assert_eq!(inspect.stdout.trim(), "running");
+    let _ = docker.docker(&["rm", "--force", "d"]).ok();
+    let missing = docker.run(&["--rm"], &["no-such-program"]);
+    assert_eq!(missing.code, 127, "{}", missing.text());
+}
+
+#[test]
+fn docker_volumes_limits_and_logs_work() {
+    need!(assets::complete());
+    only_sealpod!();
+    let env = Env::new(Version::V2_1).unwrap();
+    let docker = Docker::start(&env).unwrap();
+    let dir = env.folder().join("volume");
+    std::fs::create_dir(&dir).unwrap();
+    let volume = format!("{}:/v", dir.display());
+    let options = ["--name", "d", "-v", &volume, "-m", "64m", "--cpus", "0.5"];
+    let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; echo x > /v/x";
+    let done = docker.run(&options, &["sh", "-c", script]).ok();
+    assert_eq!(done.stdout, "67108864\n50000 100000\n");
+    assert_eq!(std::fs::read_to_string(dir.join("x")).unwrap(), "x\n");
+    assert_eq!(docker.docker(&["logs", "d"]).ok().stdout, done.stdout);
+    let done = docker.docker(&["start", "-a", "d"]).ok();
+    assert_eq!(done.stdout, "67108864\n50000 100000\n");
+    let _ = docker.docker(&["rm", "d"]).ok();
+    let done = docker
+        .run(
+            &["--rm", "--read-only", "--user", "1000", "--cap-drop", "ALL"],
+            &["id", "-u"],
+        )
+        .ok();
+    assert_eq!(done.stdout, "1000\n");
+}

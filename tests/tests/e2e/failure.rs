@@ -1,0 +1,248 @@
+//! Every process that a pod consists of is killed at every moment of a pod's life. Afterwards containerd
+//! reports the container as ended, nothing is left, and the same name can be used again.
+
+use std::{
+    io::Read,
+    time::{Duration, Instant},
+};
+
+use k8s_cri::v1::NamespaceMode;
+use sealpod_tests::{Env, Version, assets, cri::Cri, need, only_sealpod, wait};
+
+use crate::on_every_containerd;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Shim,
+    Vm,
+    Virtiofsd,
+    Containerd,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    Idle,
+    Create,
+    Exec,
+    Delete,
+}
+
+/// How long containerd may take to notice.
+const NOTICED: Duration = Duration::from_secs(20);
+
+impl Victim {
+    /// What its command line holds.
+    fn mark(self) -> &'static str {
+        match self {
+            Self::Shim => "containerd-shim-sealpod-v2",
+            Self::Vm => "qemu-system-x86_64",
+            Self::Virtiofsd => "virtiofsd",
+            Self::Containerd => "--config",
+        }
+    }
+
+    /// Kills all that it consists of; `false` where it does not run.
+    fn kill(self, env: &mut Env) -> bool {
+        if self == Self::Containerd {
+            env.containerd.kill();
+            return true;
+        }
+        let found = env.processes(self.mark());
+        for process in &found {
+            env.namespaces.kill(process.pid, "KILL");
+        }
+        !found.is_empty()
+    }
+}
+
+fn survives(version: Version, victim: Victim, moment: Moment) {
+    need!(assets::complete());
+    only_sealpod!();
+    let mut env = Env::new(version).unwrap();
+    let id = env.id("pod");
+    match moment {
+        Moment::Idle => {
+            env.ctr_start(&[], &id, &["sleep", "1000"]);
+            assert!(victim.kill(&mut env), "nothing to kill");
+        }
+        Moment::Create => {
+            let args = env.run_args(&["--detach"], &id, &["sleep", "1000"]);
+            let args: Vec<&str> = args.iter().map(String::as_str).collect();
+            let mut client = env.spawn("ctr", &args);
+            let wanted = if victim == Victim::Containerd {
+                Victim::Shim
+            } else {
+                victim
+            };
+            wait::until("the victim is there", NOTICED, || {
+                (!env.processes(wanted.mark()).is_empty()).then_some(())
+            });
+            victim.kill(&mut env);
+            let status = wait::until("the client ends", Duration::from_secs(60), || {
+                client.try_wait().unwrap()
+            });
+            assert!(!status.success() || env.ctr_status(&id).as_deref() != Some("RUNNING"));
+        }
+        Moment::Exec => {
+            env.ctr_start(&[], &id, &["sleep", "1000"]);
+            let mut client = env.spawn("ctr", &["task", "exec", "--exec-id", "e", &id, "yes"]);
+            let mut out = client.stdout.take().unwrap();
+            out.read_exact(&mut vec![0; 100_000]).unwrap();
+            victim.kill(&mut env);
+            // The client ends, or is ended: what counts is that its stream does.
+            let drain = std::thread::spawn(move || std::io::copy(&mut out, &mut std::io::sink()));
+            if victim == Victim::Containerd {
+                let _ = client.kill();
+            }
+            let begin = Instant::now();
+            while client.try_wait().unwrap().is_none() && begin.elapsed() < NOTICED {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            let _ = client.kill();
+            let _ = client.wait();
+            for process in env.processes("--exec-id") {
+                env.namespaces.kill(process.pid, "KILL");
+            }
+            let _ = drain.join();
+        }
+        Moment::Delete => {
+            env.ctr_start(&[], &id, &["sleep", "1000"]);
+            let _ = env.ctr(&["task", "kill", "-s", "KILL", &id]).ok();
+            wait::until("the task has ended", NOTICED, || {
+                (env.ctr_status(&id).as_deref() == Some("STOPPED")).then_some(())
+            });
+            let mut client = env.spawn("ctr", &["task", "delete", &id]);
+            victim.kill(&mut env);
+            wait::until("the client ends", Duration::from_secs(60), || {
+                client.try_wait().unwrap()
+            });
+        }
+    }
+    after(&mut env, victim, moment, &id);
+}
+
+/// What has to hold whatever was killed whenever.
+fn after(env: &mut Env, victim: Victim, moment: Moment, id: &str) {
+    if victim == Victim::Containerd {
+        env.containerd.start(&env.namespaces).unwrap();
+        if matches!(moment, Moment::Idle | Moment::Exec) {
+            assert_eq!(
+                env.ctr_status(id).as_deref(),
+                Some("RUNNING"),
+                "pods outlive containerd"
+            );
+            assert_eq!(
+                env.ctr_exec(id, "alive", &["echo", "alive"]).ok().stdout,
+                "alive\n"
+            );
+        }
+    } else {
+        wait::until("containerd reports the end", NOTICED, || {
+            let status = env.ctr_status(id);
+            (status.is_none() || status.as_deref() == Some("STOPPED")).then_some(())
+        });
+    }
+    env.ctr_remove(id);
+    env.assert_clean();
+    assert_eq!(
+        env.ctr_run(&[], id, &["echo", "again"]).ok().stdout,
+        "again\n"
+    );
+    env.assert_clean();
+}
+
+on_every_containerd!(
+    shim_killed_idle,
+    shim_killed_during_create,
+    shim_killed_during_exec,
+    shim_killed_during_delete,
+    vm_killed_idle,
+    vm_killed_during_create,
+    vm_killed_during_exec,
+    vm_killed_during_delete,
+    virtiofsd_killed_idle,
+    virtiofsd_killed_during_create,
+    virtiofsd_killed_during_exec,
+    virtiofsd_killed_during_delete,
+    containerd_killed_idle,
+    containerd_killed_during_create,
+    containerd_killed_during_exec,
+    containerd_killed_during_delete,
+    agent_killed_idle,
+);
+
+/// The names by which the tests above are known.
+mod bodies {
+    use super::{
+        Cri, Duration, Env, Moment, NOTICED, NamespaceMode, Version, Victim, assets, need,
+        only_sealpod, survives, wait,
+    };
+
+    macro_rules! cases {
+        ($($name:ident $victim:ident $moment:ident),+ $(,)?) => { $(
+            pub(super) fn $name(version: Version) {
+                survives(version, Victim::$victim, Moment::$moment);
+            }
+        )+ };
+    }
+
+    cases!(
+        shim_killed_idle Shim Idle,
+        shim_killed_during_create Shim Create,
+        shim_killed_during_exec Shim Exec,
+        shim_killed_during_delete Shim Delete,
+        vm_killed_idle Vm Idle,
+        vm_killed_during_create Vm Create,
+        vm_killed_during_exec Vm Exec,
+        vm_killed_during_delete Vm Delete,
+        virtiofsd_killed_idle Virtiofsd Idle,
+        virtiofsd_killed_during_create Virtiofsd Create,
+        virtiofsd_killed_during_exec Virtiofsd Exec,
+        virtiofsd_killed_during_delete Virtiofsd Delete,
+        containerd_killed_idle Containerd Idle,
+        containerd_killed_during_create Containerd Create,
+        containerd_killed_during_exec Containerd Exec,
+        containerd_killed_during_delete Containerd Delete,
+    );
+
+    /// The agent is PID 1 of the guest: no signal from inside kills it. A privileged container that
+    /// sees the guest's processes overwrites the agent's code instead.
+    pub(super) fn agent_killed_idle(version: Version) {
+        need!(assets::complete());
+        only_sealpod!();
+        let mut env = Env::new(version).unwrap();
+        let cri = Cri::connect(&mut env).unwrap();
+        let pod = cri
+            .run_pod("p", |p| {
+                let context = p.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+                context.privileged = true;
+                context.namespace_options.as_mut().unwrap().pid = NamespaceMode::Node.into();
+            })
+            .unwrap();
+        let c = cri
+            .run(&pod, "c", |c| {
+                c.linux
+                    .as_mut()
+                    .unwrap()
+                    .security_context
+                    .as_mut()
+                    .unwrap()
+                    .privileged = true;
+            })
+            .unwrap();
+        let script = "range=$(grep r-xp /proc/1/maps | head -n 1 | cut -d ' ' -f 1); \
+            from=$((0x${range%-*})); to=$((0x${range#*-})); \
+            dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from/4096)) count=$(((to-from)/4096)) conv=notrunc";
+        let _ = cri.exec_sync(&c, &["sh", "-c", script], 10);
+        let status = wait::until("containerd reports the end", NOTICED, || {
+            let status = cri.status(&c).ok()?;
+            (status.state == 2).then_some(status)
+        });
+        assert_ne!(status.exit_code, 0);
+        wait::until("the VM is gone", Duration::from_secs(10), || {
+            env.processes(Victim::Vm.mark()).is_empty().then_some(())
+        });
+        cri.remove_pod(&pod).unwrap();
+        env.assert_clean();
+    }
+}

@@ -1,0 +1,81 @@
+//! A pod's CNI network, seen from the host and from inside.
+
+use crate::on_every_containerd;
+
+on_every_containerd!(
+    a_server_is_reached_over_cni,
+    the_guest_has_the_cni_address_and_route,
+    a_container_without_a_network_has_loopback,
+);
+
+mod bodies {
+    use std::{io::BufRead, time::Duration};
+
+    use sealpod_tests::{Env, Version, assets, cni, image, need, wait};
+
+    pub(super) fn a_server_is_reached_over_cni(version: Version) {
+        need!(assets::complete());
+        let env = Env::new(version).unwrap();
+        let id = env.id("web");
+        env.ctr_start(&["--cni"], &id, &["httpd", "-f", "-p", "80", "-h", "/www"]);
+        let ip = env.pod_address(&id);
+        let page = wait::until("the page", Duration::from_secs(20), || {
+            env.http_get((ip, 80).into()).ok()
+        });
+        assert!(
+            page.starts_with("HTTP/1.") && page.contains("200 OK"),
+            "{page}"
+        );
+        assert!(page.ends_with(image::WEB_PAGE), "{page}");
+        // A port that nobody listens on is refused by the guest, at once.
+        assert!(env.connect((ip, 81).into()).is_err());
+        env.ctr_remove(&id);
+    }
+
+    pub(super) fn the_guest_has_the_cni_address_and_route(version: Version) {
+        need!(assets::complete());
+        let env = Env::new(version).unwrap();
+        let id = env.id("net");
+        env.ctr_start(&["--cni"], &id, &["sleep", "1000"]);
+        let ip = env.pod_address(&id).to_string();
+        assert!(ip.starts_with("10.88."), "{ip}");
+        let routes = env.ctr_exec(&id, "e1", &["ip", "route"]).ok().stdout;
+        assert!(
+            routes.contains(&format!("default via {}", cni::HOST)),
+            "{routes}"
+        );
+        let ping = env.ctr_exec(
+            &id,
+            "e2",
+            &["ping", "-c", "3", "-i", "0.2", "-W", "5", cni::HOST],
+        );
+        assert_eq!(ping.code, 0, "{}", ping.text());
+        // A full-sized packet passes: the MTU is the link's.
+        let ping = env.ctr_exec(
+            &id,
+            "e3",
+            &["ping", "-c", "1", "-W", "5", "-s", "1472", cni::HOST],
+        );
+        assert_eq!(ping.code, 0, "{}", ping.text());
+        env.ctr_remove(&id);
+    }
+
+    pub(super) fn a_container_without_a_network_has_loopback(version: Version) {
+        need!(assets::complete());
+        let env = Env::new(version).unwrap();
+        let script = "ip -o link | cut -d: -f 2 | tr -d '\\n'; ip -4 -o addr | wc -l; nc -l -p 9 -s 127.0.0.1 & sleep 0.3; echo over | nc 127.0.0.1 9";
+        let mut child = env.ctr_spawn(&[], &env.id("a"), &["sh", "-c", script]);
+        drop(child.stdin.take());
+        let lines: Vec<_> = std::io::BufReader::new(child.stdout.take().unwrap())
+            .lines()
+            .map_while(Result::ok)
+            .collect();
+        // runc leaves loopback down without CNI; a guest's own is up.
+        if assets::runtime() == assets::SEALPOD_RUNTIME {
+            assert!(lines[0].starts_with(" lo"), "{lines:?}");
+            assert_eq!(lines.last().map(String::as_str), Some("over"), "{lines:?}");
+        }
+        let _ = child.wait();
+        env.assert_clean();
+    }
+}
