@@ -2,3 +2,4 @@
 pub mod host_cgroup;
 pub mod ledger;
 pub mod child;
+pub mod vm;

@@ -189,9 +189,14 @@ impl Command {
 /// A running child, or one that has ended. Dropping it kills it.
 #[derive(Debug)]
 pub struct Child {
-    name: String,
     pid: u32,
     pidfd: Arc<OwnedFd>,
+    watch: Watch,
+}
+
+/// Sees how a child ends and what it writes, without keeping it alive.
+#[derive(Debug, Clone)]
+pub struct Watch {
     exit: watch::Receiver<Option<Exit>>,
     output: Arc<Mutex<Tail>>,
 }
@@ -250,11 +255,9 @@ fn watch_over(
         tell.send_replace(Some(exit));
     });
     Ok(Child {
-        name: name.into(),
         pid: spawned.pid,
         pidfd,
-        exit,
-        output,
+        watch: Watch { exit, output },
     })
 }
 
@@ -280,19 +283,7 @@ async fn read_output(mut pipe: pipe::Receiver, output: Arc<Mutex<Tail>>) {
     }
 }
 
-impl Child {
-    /// Its process id.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    /// What people call it.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
+impl Watch {
     /// Waits until it has ended and been reaped. Any number of callers, any number of times.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.clone();
@@ -309,11 +300,6 @@ impl Child {
         *self.exit.borrow()
     }
 
-    /// Sends SIGKILL. Idempotent; nothing happens once it has ended.
-    pub fn kill(&self) {
-        let _ = pidfd_send_signal(&*self.pidfd, Signal::KILL);
-    }
-
     /// The last lines that it wrote to its standard output and error.
     #[must_use]
     pub fn output(&self) -> Vec<String> {
@@ -321,6 +307,30 @@ impl Child {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .lines()
+    }
+}
+
+impl Child {
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Sends SIGKILL. Idempotent; nothing happens once it has ended.
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(&*self.pidfd, Signal::KILL);
+    }
+
+    /// To see how it ends.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        self.watch.clone()
+    }
+
+    /// Waits until it has ended and been reaped. Any number of callers, any number of times.
+    pub async fn wait(&self) -> Exit {
+        self.watch.wait().await
     }
 }
 

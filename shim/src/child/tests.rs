@@ -31,7 +31,7 @@ async fn exit_and_output_of_a_child_are_seen_and_it_leaves_no_zombie() {
         .unwrap();
     assert_eq!(child.wait().await, Exit::Code(7));
     assert_eq!(child.wait().await, Exit::Code(7));
-    assert_eq!(child.output(), ["out", "err"]);
+    assert_eq!(child.watch().output(), ["out", "err"]);
     assert_eq!(crate::ledger::start_time(child.pid()), None);
     // Nothing is held any more: cleaning finds nothing to kill.
     let report = crate::ledger::clean(&base.path().join("pod"));
@@ -42,12 +42,9 @@ async fn exit_and_output_of_a_child_are_seen_and_it_leaves_no_zombie() {
 async fn a_dropped_child_is_killed_and_reaped() {
     let (_base, ledger) = ledger();
     let child = spawn(sh("exec sleep 1000"), &ledger).await.unwrap();
-    let mut exit = child.exit.clone();
+    let watch = child.watch();
     drop(child);
-    assert_eq!(
-        *exit.wait_for(Option::is_some).await.unwrap(),
-        Some(Exit::Signal(libc::SIGKILL))
-    );
+    assert_eq!(watch.wait().await, Exit::Signal(libc::SIGKILL));
 }
 
 #[tokio::test]
@@ -78,7 +75,7 @@ async fn a_child_has_the_descriptors_it_was_given_and_no_others() {
     let child = spawn(command, &ledger).await.unwrap();
     assert_eq!(child.wait().await, Exit::Code(0));
     // 4 is ls's own, on the folder.
-    assert_eq!(child.output(), ["0 1 2 3 4"]);
+    assert_eq!(child.watch().output(), ["0 1 2 3 4"]);
     let mut text = String::new();
     std::io::Read::read_to_string(&mut b, &mut text).unwrap();
     assert_eq!(text, "over-3\n");
@@ -91,7 +88,7 @@ async fn the_environment_does_not_pass() {
         .await
         .unwrap();
     assert_eq!(child.wait().await, Exit::Code(1));
-    assert_eq!(child.output(), Vec::<String>::new());
+    assert_eq!(child.watch().output(), Vec::<String>::new());
 }
 
 #[tokio::test]
@@ -114,8 +111,13 @@ async fn a_jailed_child_sees_its_root_only_and_holds_no_privilege() {
     command.jail(jail).user(64_000, 64_001);
     command.rlimit(libc::RLIMIT_NOFILE, 77);
     let child = spawn(command, &ledger).await.unwrap();
-    assert_eq!(child.wait().await, Exit::Code(0), "{:?}", child.output());
-    let lines = child.output();
+    assert_eq!(
+        child.wait().await,
+        Exit::Code(0),
+        "{:?}",
+        child.watch().output()
+    );
+    let lines = child.watch().output();
     assert!(
         lines[0].contains("given") && !lines[0].contains("home"),
         "{lines:?}"

@@ -1,0 +1,290 @@
+//! QEMU's command line, from typed pieces. Pure: no file is touched and no descriptor opened.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+
+use super::Accelerator;
+
+/// Where the jail has the guest's kernel and root.
+pub(super) const KERNEL: &str = "/boot/vmlinux";
+pub(super) const INITRAMFS: &str = "/boot/initramfs";
+/// A firmware that does no more than start a kernel; it is part of QEMU.
+pub(super) const FIRMWARE: &str = "qboot.rom";
+/// Longest kernel command line, bytes (x86's `COMMAND_LINE_SIZE`, with the NUL).
+pub(super) const CMDLINE_MAX: usize = 2047;
+/// Translated code that TCG keeps, MiB. It is the host's memory; QEMU's own default is 1 GiB.
+const TCG_CACHE_MIB: u32 = 64;
+/// What QEMU's own seccomp filter takes away: old system calls, changes of user, further programs,
+/// scheduling and limits.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+/// The machine: q35 (microvm hangs under TCG) without what no guest uses.
+const MACHINE: &str = "q35,memory-backend=mem,hpet=off,smbus=off,sata=off,usb=off,vmport=off,\
+    graphics=off,dump-guest-core=off,mem-merge=off";
+/// Hot-plug as PCIe has it, which the guest's kernel knows; ACPI's way would shut it out.
+const HOTPLUG: &str = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off";
+
+/// A network device that is there from the start.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NicArgs {
+    pub(super) fd: RawFd,
+    pub(super) mac: [u8; 6],
+    pub(super) mtu: u32,
+}
+
+/// Everything that differs between two VMs. Descriptors are numbers in QEMU.
+#[derive(Debug)]
+pub(super) struct Layout<'a> {
+    pub(super) name: &'a str,
+    pub(super) accelerator: Accelerator,
+    pub(super) vcpus: u32,
+    pub(super) memory_mib: u64,
+    pub(super) cmdline: &'a str,
+    pub(super) firmware: bool,
+    pub(super) monitor: RawFd,
+    pub(super) console: RawFd,
+    pub(super) vsock: RawFd,
+    pub(super) share: Option<RawFd>,
+    pub(super) nics: &'a [NicArgs],
+    pub(super) hotplug_ports: u32,
+}
+
+/// The kernel's command line: what this machine needs, then what was asked for.
+pub(super) fn cmdline(accelerator: Accelerator, params: &[String]) -> String {
+    // reboot=t: a triple fault ends QEMU at once, whatever devices there are.
+    let mut words = vec!["console=ttyS0", "quiet", "reboot=t"];
+    if accelerator == Accelerator::Tcg {
+        // A translator has none of the processor's leaks, and pays for every barrier.
+        words.push("mitigations=off");
+    }
+    words.extend(params.iter().map(String::as_str));
+    words.join(" ")
+}
+
+/// Name of hot-plug port `index`.
+pub(super) fn port(index: usize) -> String {
+    format!("port{index}")
+}
+
+pub(super) fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// QEMU's arguments.
+pub(super) fn build(vm: &Layout<'_>) -> Vec<OsString> {
+    let mut args = Args(Vec::new());
+    let memory = vm.memory_mib;
+    let cpus = vm.vcpus;
+    args.flag("-nodefaults");
+    args.flag("-no-user-config");
+    // A guest that resets or panics is gone.
+    args.flag("-no-reboot");
+    args.pair("-name", Value::new(&format!("sealpod-{}", vm.name)));
+    args.pair("-display", Value::new("none"));
+    args.pair("-sandbox", Value::new(SANDBOX));
+    args.pair("-machine", Value::new(MACHINE));
+    args.pair("-global", Value::new(HOTPLUG));
+    match vm.accelerator {
+        Accelerator::Kvm => {
+            args.pair("-accel", Value::new("kvm"));
+            args.pair("-cpu", Value::new("host"));
+        }
+        Accelerator::Tcg => {
+            let tcg = Value::new("tcg").with("thread", "multi");
+            args.pair("-accel", tcg.with("tb-size", &TCG_CACHE_MIB.to_string()));
+            args.pair("-cpu", Value::new("max"));
+        }
+    }
+    args.pair("-smp", Value::new(&cpus.to_string()));
+    args.pair("-m", Value::new(&format!("{memory}M")));
+    let backend = Value::new("memory-backend-memfd").with("id", "mem");
+    let backend = backend.with("size", &format!("{memory}M"));
+    args.pair("-object", backend.with("share", "on"));
+    if vm.firmware {
+        args.pair("-bios", Value::new(FIRMWARE));
+    }
+    args.pair("-kernel", Value::new(KERNEL));
+    args.pair("-initrd", Value::new(INITRAMFS));
+    args.flag("-append");
+    // Not a list of options: a comma is a comma.
+    args.flag(vm.cmdline);
+
+    args.socket("monitor", vm.monitor);
+    args.pair(
+        "-mon",
+        Value::new("chardev=monitor").with("mode", "control"),
+    );
+    args.socket("console", vm.console);
+    args.pair("-serial", Value::new("chardev:console"));
+    args.pair("-object", Value::new("rng-builtin").with("id", "entropy"));
+    args.device("virtio-rng-pci", "rng", &[("rng", "entropy")]);
+    args.socket("vsock", vm.vsock);
+    args.device("vhost-user-vsock-pci", "vsock0", &[("chardev", "vsock")]);
+    if let Some(share) = vm.share {
+        args.socket("share", share);
+        let tag = ("tag", sealpod_protocol::SHARE_TAG);
+        args.device("vhost-user-fs-pci", "share0", &[("chardev", "share"), tag]);
+    }
+    for (index, nic) in vm.nics.iter().enumerate() {
+        let net = format!("net{index}");
+        let tap = Value::new("tap").with("id", &net);
+        args.pair("-netdev", tap.with("fd", &nic.fd.to_string()));
+        let (mac, mtu) = (mac_text(nic.mac), nic.mtu.to_string());
+        // The guest boots from no network: no ROM for it.
+        let properties = [
+            ("netdev", net.as_str()),
+            ("mac", &mac),
+            ("host_mtu", &mtu),
+            ("romfile", ""),
+        ];
+        args.device("virtio-net-pci", &format!("nic{index}"), &properties);
+    }
+    for index in 0..vm.hotplug_ports {
+        let number = (index + 1).to_string();
+        let id = port(usize::try_from(index).unwrap_or(usize::MAX));
+        // Chassis and slot name the port to the guest and must differ between ports.
+        let properties = [("chassis", number.as_str()), ("slot", &number)];
+        args.pair(
+            "-device",
+            Value::new("pcie-root-port")
+                .with("id", &id)
+                .with_all(&properties),
+        );
+    }
+    args.0
+}
+
+/// The options of one device, socket or object: `first,key=value,…`.
+struct Value(String);
+
+impl Value {
+    /// `first` is written as it is.
+    fn new(first: &str) -> Self {
+        Self(first.into())
+    }
+
+    /// Adds `key=value`. A comma in the value is doubled, so that it does not start a key.
+    fn with(mut self, key: &str, value: &str) -> Self {
+        self.0
+            .push_str(&format!(",{key}={}", value.replace(',', ",,")));
+        self
+    }
+
+    fn with_all(self, pairs: &[(&str, &str)]) -> Self {
+        pairs
+            .iter()
+            .fold(self, |v, (key, value)| v.with(key, value))
+    }
+}
+
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn flag(&mut self, text: &str) {
+        self.0.push(text.into());
+    }
+
+    fn pair(&mut self, flag: &str, value: Value) {
+        self.flag(flag);
+        self.flag(&value.0);
+    }
+
+    /// A connected socket that QEMU was given.
+    fn socket(&mut self, id: &str, fd: RawFd) {
+        let socket = Value::new("socket").with("id", id);
+        self.pair("-chardev", socket.with("fd", &fd.to_string()));
+    }
+
+    /// A virtio device without the legacy interface, which would cost I/O ports.
+    fn device(&mut self, driver: &str, id: &str, properties: &[(&str, &str)]) {
+        let device = Value::new(driver).with("id", id).with_all(properties);
+        self.pair("-device", device.with("disable-legacy", "on"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(nics: &[NicArgs]) -> Layout<'_> {
+        Layout {
+            name: "0123456789abcdef",
+            accelerator: Accelerator::Tcg,
+            vcpus: 2,
+            memory_mib: 512,
+            cmdline: "console=ttyS0 a=b,c",
+            firmware: true,
+            monitor: 3,
+            console: 4,
+            vsock: 5,
+            share: None,
+            nics,
+            hotplug_ports: 0,
+        }
+    }
+
+    fn text(vm: &Layout<'_>) -> String {
+        let words: Vec<String> = build(vm)
+            .into_iter()
+            .map(|w| w.into_string().unwrap())
+            .collect();
+        words.join(" ")
+    }
+
+    #[test]
+    fn the_smallest_vm_has_no_device_that_was_not_asked_for() {
+        let all = text(&layout(&[]));
+        assert!(all.contains("-chardev socket,id=vsock,fd=5 -device vhost-user-vsock-pci"));
+        assert!(all.contains("-append console=ttyS0 a=b,c"));
+        assert!(all.contains("size=512M,share=on"));
+        for absent in [
+            "virtio-net",
+            "vhost-user-fs",
+            "root-port",
+            "kvm",
+            "virtio-blk",
+        ] {
+            assert!(!all.contains(absent), "{absent} in {all}");
+        }
+    }
+
+    #[test]
+    fn each_device_gets_its_own_descriptor_and_number() {
+        let nic = |fd, last| NicArgs {
+            fd,
+            mac: [2, 0, 0, 0, 0xab, last],
+            mtu: 1450,
+        };
+        let nics = [nic(7, 1), nic(8, 2)];
+        let vm = Layout {
+            accelerator: Accelerator::Kvm,
+            share: Some(6),
+            hotplug_ports: 2,
+            ..layout(&nics)
+        };
+        let all = text(&vm);
+        for part in [
+            "-accel kvm -cpu host",
+            "socket,id=share,fd=6 -device vhost-user-fs-pci,id=share0,chardev=share,tag=sealpod",
+            "tap,id=net0,fd=7",
+            "id=nic1,netdev=net1,mac=02:00:00:00:ab:02,host_mtu=1450",
+            "pcie-root-port,id=port0,chassis=1,slot=1",
+            "pcie-root-port,id=port1,chassis=2,slot=2",
+        ] {
+            assert!(all.contains(part), "{part} not in {all}");
+        }
+        assert!(!all.contains("tcg"));
+    }
+
+    #[test]
+    fn a_comma_in_a_value_does_not_start_a_key() {
+        let value = Value::new("x").with("id", "a,readonly=off");
+        assert_eq!(value.0, "x,id=a,,readonly=off");
+    }
+
+    #[test]
+    fn mitigations_are_off_under_a_translator_only() {
+        let params = ["sealpod.x=1".to_owned()];
+        assert!(cmdline(Accelerator::Tcg, &params).ends_with("mitigations=off sealpod.x=1"));
+        assert!(!cmdline(Accelerator::Kvm, &params).contains("mitigations"));
+    }
+}

@@ -1,0 +1,329 @@
+//! Whether this machine's KVM is real. `/dev/kvm` existing says nothing: nested and paravirtual ones
+//! emulate a guest's kernel at a few million instructions a second, and stop at instructions they do
+//! not know. So a counted loop is run in a guest of one vCPU, and its rate decides.
+
+#![expect(
+    unsafe_code,
+    reason = "guest memory is given to KVM, and a vCPU that hangs is interrupted by a signal"
+)]
+
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::thread::JoinHandleExt;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm as Device, VcpuExit};
+use serde::{Deserialize, Serialize};
+
+/// Instructions a second from which a KVM counts as real. Hardware does thousands of millions, in
+/// the slowest nesting hundreds; an emulating one about two.
+pub const REAL_RATE: u64 = 50_000_000;
+/// Rounds of the first loop, two instructions each: enough to tell 2 million a second from 50.
+const SHORT_ROUNDS: u32 = 10_000;
+/// Below this rate of the short loop (entry and exit included) no long one is tried.
+const HOPELESS_RATE: u64 = 10_000_000;
+/// Rounds of the second loop, long enough that entry and exit do not count: 40 ms at [`REAL_RATE`].
+const LONG_ROUNDS: u32 = 1_000_000;
+/// After this long the vCPU is interrupted.
+const PATIENCE: Duration = Duration::from_millis(90);
+/// And again each time this long passes: a signal may come before the vCPU is entered.
+const KICK_EVERY: Duration = Duration::from_millis(5);
+/// Kicks until a vCPU that does not return is left behind.
+const KICKS_MAX: u32 = 20;
+
+/// Name of the file, in the state folder, that remembers the answer for this boot.
+const CACHE_FILE: &str = "kvm-probe.json";
+const CACHE_SIZE_MAX: u64 = 4096;
+
+/// What the probe found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kvm", rename_all = "snake_case")]
+pub enum Kvm {
+    /// Hardware KVM.
+    Real {
+        /// Instructions a second.
+        rate: u64,
+    },
+    /// It works, but emulates.
+    Slow {
+        /// Instructions a second.
+        rate: u64,
+    },
+    /// It is there and does not work.
+    Unusable {
+        /// Why.
+        reason: String,
+    },
+    /// There is no `/dev/kvm`.
+    Absent,
+}
+
+impl Kvm {
+    /// Whether guests should run on it.
+    #[must_use]
+    pub fn is_real(&self) -> bool {
+        matches!(self, Self::Real { .. })
+    }
+}
+
+impl std::fmt::Display for Kvm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let millions = |rate: &u64| format!("{}.{}", rate / 1_000_000, rate / 100_000 % 10);
+        let least = REAL_RATE / 1_000_000;
+        match self {
+            Self::Real { rate } => write!(f, "real, {} M instructions/s", millions(rate)),
+            Self::Slow { rate } => write!(
+                f,
+                "emulated: {} M instructions/s where a real one does at least {least} M",
+                millions(rate)
+            ),
+            Self::Unusable { reason } => write!(f, "/dev/kvm does not work: {reason}"),
+            Self::Absent => write!(f, "there is no /dev/kvm"),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Cache {
+    boot_id: String,
+    kernel: String,
+    #[serde(flatten)]
+    found: Kvm,
+}
+
+/// The answer for this boot and kernel, from the file in `state_dir` or by probing, which takes at
+/// most 0.1 s and is then written there.
+#[must_use]
+pub fn cached(state_dir: &Path) -> Kvm {
+    let (boot_id, kernel) = (boot_id(), kernel_release());
+    let path = state_dir.join(CACHE_FILE);
+    if let Some(cache) = read_cache(&path)
+        && cache.boot_id == boot_id
+        && cache.kernel == kernel
+        && !boot_id.is_empty()
+    {
+        return cache.found;
+    }
+    let found = probe();
+    let cache = Cache {
+        boot_id,
+        kernel,
+        found: found.clone(),
+    };
+    // Next time it is measured again; nothing else depends on the file.
+    if let Err(e) = write_cache(&path, &cache) {
+        tracing::debug!("{} cannot be written: {e}", path.display());
+    }
+    found
+}
+
+fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.unwrap_or_default().trim().into()
+}
+
+fn kernel_release() -> String {
+    let name = rustix::system::uname();
+    format!(
+        "{} {}",
+        name.release().to_string_lossy(),
+        name.version().to_string_lossy()
+    )
+}
+
+/// Only a file of this user that others cannot write to is believed.
+fn read_cache(path: &Path) -> Option<Cache> {
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    let ours = meta.uid() == rustix::process::geteuid().as_raw() && meta.mode() & 0o022 == 0;
+    if !meta.is_file() || !ours || meta.len() > CACHE_SIZE_MAX {
+        return None;
+    }
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
+fn write_cache(path: &Path, cache: &Cache) -> io::Result<()> {
+    let part = path.with_extension(format!("{}.part", std::process::id()));
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(&part)?;
+    let written = serde_json::to_writer(&mut file, cache)
+        .map_err(io::Error::from)
+        .and_then(|()| file.flush())
+        .and_then(|()| std::fs::rename(&part, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&part);
+    }
+    written
+}
+
+/// Measures. Blocks for at most 0.1 s (0.2 s where a vCPU cannot even be interrupted).
+#[must_use]
+pub fn probe() -> Kvm {
+    if !Path::new("/dev/kvm").exists() {
+        return Kvm::Absent;
+    }
+    let unusable = |reason: String| Kvm::Unusable { reason };
+    let (tell, told) = mpsc::channel();
+    let vcpu = std::thread::Builder::new()
+        .name("kvm-probe".into())
+        .spawn(move || {
+            let _ = tell.send(measure());
+        });
+    let vcpu = match vcpu {
+        Ok(thread) => thread,
+        Err(e) => return unusable(e.to_string()),
+    };
+    let answer = told.recv_timeout(PATIENCE).or_else(|_| kick(&vcpu, &told));
+    match answer {
+        Ok(Ok(rate)) if rate >= REAL_RATE => Kvm::Real { rate },
+        Ok(Ok(rate)) => Kvm::Slow { rate },
+        Ok(Err(reason)) => unusable(reason),
+        Err(_) => unusable("its vCPU did not return".into()),
+    }
+}
+
+type Answer = Result<u64, String>;
+
+/// Interrupts the vCPU until its thread answers.
+fn kick(
+    vcpu: &std::thread::JoinHandle<()>,
+    told: &mpsc::Receiver<Answer>,
+) -> Result<Answer, mpsc::RecvTimeoutError> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    let signal = libc::SIGRTMIN();
+    let mut last = Err(mpsc::RecvTimeoutError::Timeout);
+    for _ in 0..KICKS_MAX {
+        // SAFETY: the handler does nothing; the thread has not been joined, so its handle is valid.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = nothing as *const () as libc::sighandler_t;
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+            libc::pthread_kill(vcpu.as_pthread_t(), signal);
+        }
+        last = told.recv_timeout(KICK_EVERY);
+        if last.is_ok() {
+            break;
+        }
+    }
+    last
+}
+
+fn measure() -> Answer {
+    let rate = run_loop(SHORT_ROUNDS)?;
+    if rate < HOPELESS_RATE {
+        return Ok(rate);
+    }
+    run_loop(LONG_ROUNDS)
+}
+
+#[repr(C, align(4096))]
+struct Page([u8; 4096]);
+
+/// Runs `rounds` rounds in a guest; returns instructions a second.
+fn run_loop(rounds: u32) -> Answer {
+    /// Where the page lies in the guest.
+    const ADDRESS: u64 = 0x1000;
+    let text = |what: &'static str| move |e: kvm_ioctls::Error| format!("{what}: {e}");
+    let mut page = Box::new(Page([0; 4096]));
+    // mov ecx, rounds; again: dec ecx; jnz again; hlt
+    page.0[0] = 0xb9;
+    page.0[1..5].copy_from_slice(&rounds.to_le_bytes());
+    page.0[5..9].copy_from_slice(&[0x49, 0x75, 0xfd, 0xf4]);
+    let vm = Device::new()
+        .and_then(|device| device.create_vm())
+        .map_err(text("KVM_CREATE_VM"))?;
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: ADDRESS,
+        memory_size: size_of::<Page>() as u64,
+        userspace_addr: &raw mut *page as u64,
+    };
+    // SAFETY: the page outlives the VM, which is dropped first, and nobody else uses it meanwhile.
+    unsafe { vm.set_user_memory_region(region) }.map_err(text("KVM_SET_USER_MEMORY_REGION"))?;
+    let mut vcpu = vm.create_vcpu(0).map_err(text("KVM_CREATE_VCPU"))?;
+    let mut sregs = vcpu.get_sregs().map_err(text("KVM_GET_SREGS"))?;
+    // Flat 32-bit protected mode: what hardware without "unrestricted guest" runs too.
+    let data = kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: 0x10,
+        type_: 3,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = kvm_segment {
+        selector: 8,
+        type_: 11,
+        ..data
+    };
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.cr0 |= 1;
+    vcpu.set_sregs(&sregs).map_err(text("KVM_SET_SREGS"))?;
+    let regs = kvm_regs {
+        rip: ADDRESS,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).map_err(text("KVM_SET_REGS"))?;
+    let start = Instant::now();
+    let exit = vcpu.run().map_err(text("KVM_RUN"))?;
+    let nanos = start.elapsed().as_nanos().max(1);
+    match exit {
+        VcpuExit::Hlt => {
+            let rate = u128::from(rounds) * 2 * 1_000_000_000 / nanos;
+            Ok(u64::try_from(rate).unwrap_or(u64::MAX))
+        }
+        other => Err(format!("a counted loop ended with {other:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_probe_is_quick_and_its_answer_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let start = Instant::now();
+        let found = cached(dir.path());
+        let took = start.elapsed();
+        eprintln!("KVM: {found} (took {took:?})");
+        // The limit is the vCPU's; the rest is room for a busy machine.
+        assert!(took < PATIENCE + KICK_EVERY * KICKS_MAX + Duration::from_secs(1));
+        let path = dir.path().join(CACHE_FILE);
+        let mut cache = read_cache(&path).unwrap();
+        assert_eq!(cache.found, found);
+        cache.found = Kvm::Real { rate: 77_000_000 };
+        write_cache(&path, &cache).unwrap();
+        assert_eq!(cached(dir.path()), cache.found);
+        cache.boot_id = "another boot".into();
+        write_cache(&path, &cache).unwrap();
+        assert_eq!(cached(dir.path()).is_real(), found.is_real());
+    }
+
+    #[test]
+    fn a_file_that_others_can_write_to_is_not_believed() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(CACHE_FILE);
+        let cache = Cache {
+            boot_id: boot_id(),
+            kernel: kernel_release(),
+            found: Kvm::Real { rate: 77_000_000 },
+        };
+        write_cache(&path, &cache).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(read_cache(&path).is_none());
+        std::fs::write(&path, vec![b' '; 5000]).unwrap();
+        assert!(read_cache(&path).is_none());
+    }
+}

@@ -1,0 +1,329 @@
+//! The driver for QEMU: starts one, jailed, with every connection opened beforehand and handed over
+//! as a descriptor; watches it; and tells how it ended. `args` has its command line, `qmp` its
+//! control protocol, `hotplug` the devices that come later.
+
+use std::fs::DirBuilder;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream as StdStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use sealpod_vmm::vsock::{self, VhostUserVsock};
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use super::args::{self, Layout, NicArgs};
+use super::check::{check, find_program};
+use super::console::{Console, panic_message};
+use super::hotplug::{self, Ports};
+use super::qmp::Qmp;
+use super::{
+    Accelerator, Disk, Driver, ExitReason, Mark, Nic, VSOCK_FILE, Vm, VmConfig, VmError, VmExit,
+};
+use crate::child::{self, Child, Command, Exit, Jail, Watch};
+use crate::ledger::Ledger;
+
+/// Mount point, in the pod's folder, of QEMU's root.
+const JAIL_DIR: &str = "vmm";
+/// Socket, in the pod's folder, that exists for the moment in which QEMU's end is connected.
+const VHOST_FILE: &str = "vhost.sock";
+/// `/dev/kvm` (Linux' devices.txt: misc device 232).
+const KVM_MAJOR: u32 = 10;
+const KVM_MINOR: u32 = 232;
+/// Descriptors that QEMU may have open. It has some 30, and 2 for each disk.
+const OPEN_FILES: u64 = 1024;
+/// How long QEMU may take to quit when asked before it is killed.
+const QUIT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the rest of the console may take to be read once QEMU has ended.
+const DRAIN: Duration = Duration::from_millis(200);
+/// What QEMU writes when it is ended by a signal; its exit code is then 0 as for a guest's end.
+const BY_SIGNAL: &str = "terminating on signal";
+
+/// Starts QEMU.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Qemu;
+
+#[async_trait]
+impl Driver for Qemu {
+    async fn start(&self, config: VmConfig, ledger: &Ledger) -> Result<Arc<dyn Vm>, VmError> {
+        let cmdline = args::cmdline(config.accelerator, &config.kernel_params);
+        check(&config, &cmdline)?;
+        let (monitor, monitor_end) = pair(&config.dir)?;
+        let (console, console_end) = pair(&config.dir)?;
+        let (vsock, vsock_end) = start_vsock(&config.dir)?;
+        let accelerator = config.accelerator;
+        let ports = Ports::new(config.hotplug_ports);
+        let command = command(config, &cmdline, monitor_end, console_end, vsock_end)?;
+
+        let child = child::spawn(command, ledger).await?;
+        let mut marks = vec![mark("vmm_spawned")];
+        let (console, reading) = Console::read(console);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let (tell, exit) = watch::channel(None);
+        let supervisor = Supervisor {
+            child: child.watch(),
+            console: console.clone(),
+            reading,
+            stopping: Arc::clone(&stopping),
+        };
+        tokio::spawn(async move { tell.send_replace(Some(supervisor.run().await)) });
+        let qmp = match Qmp::connect(monitor).await {
+            Ok(qmp) => qmp,
+            Err(e) => {
+                child.kill();
+                let exit = ended(exit).await;
+                return Err(match e {
+                    VmError::Ended => VmError::GaveUp(exit),
+                    other => other,
+                });
+            }
+        };
+        // The monitor answers once the machine is built; then its vCPUs run.
+        marks.push(mark("vcpus_started"));
+        Ok(Arc::new(Machine {
+            child,
+            qmp,
+            vsock,
+            console,
+            stopping,
+            exit,
+            accelerator,
+            ports,
+            marks,
+        }))
+    }
+}
+
+fn mark(what: &'static str) -> Mark {
+    let at = Instant::now();
+    Mark { what, at }
+}
+
+/// QEMU as it will be run. Descriptors are numbered in the order they are given.
+fn command(
+    config: VmConfig,
+    cmdline: &str,
+    monitor: OwnedFd,
+    console: OwnedFd,
+    vsock: OwnedFd,
+) -> Result<Command, VmError> {
+    let program = find_program(&config.program)?;
+    let prefix = match program.parent() {
+        Some(bin) if bin.ends_with("bin") => bin.parent().filter(|p| p.parent().is_some()),
+        _ => None,
+    };
+    let firmware = prefix.is_some_and(|p| p.join("share/qemu").join(args::FIRMWARE).exists());
+    let jail_root = config.dir.join(JAIL_DIR);
+    let host = |source| VmError::Host {
+        action: "make folder",
+        path: jail_root.clone(),
+        source,
+    };
+    let mut builder = DirBuilder::new();
+    builder.recursive(true).mode(0o700);
+    builder.create(&jail_root).map_err(host)?;
+    let mut jail = Jail::new(&jail_root);
+    jail.visible(prefix.unwrap_or(&program))
+        .file(&config.kernel, args::KERNEL)
+        .file(&config.initramfs, args::INITRAMFS);
+    if config.accelerator == Accelerator::Kvm {
+        jail.device("/dev/kvm", KVM_MAJOR, KVM_MINOR);
+    }
+
+    let mut command = Command::new("qemu", &program);
+    let nics: Vec<NicArgs> = config
+        .nics
+        .into_iter()
+        .map(|nic| NicArgs {
+            fd: command.fd(nic.tap),
+            mac: nic.mac,
+            mtu: nic.mtu,
+        })
+        .collect();
+    let layout = Layout {
+        name: &config.dir.file_name().unwrap_or_default().to_string_lossy(),
+        accelerator: config.accelerator,
+        vcpus: config.vcpus,
+        memory_mib: config.memory_mib,
+        cmdline,
+        firmware,
+        monitor: command.fd(monitor),
+        console: command.fd(console),
+        vsock: command.fd(vsock),
+        share: config.share.map(|share| command.fd(share)),
+        nics: &nics,
+        hotplug_ports: config.hotplug_ports,
+    };
+    command.args(args::build(&layout));
+    command.cgroup(config.cgroup);
+    if let Some(netns) = config.netns {
+        command.netns(netns);
+    }
+    command.jail(jail).user(config.user, config.user);
+    // The guest's memory is not for core files.
+    command.rlimit(libc::RLIMIT_CORE, 0);
+    command.rlimit(libc::RLIMIT_NOFILE, OPEN_FILES);
+    Ok(command)
+}
+
+/// A connection to QEMU: the shim's end and QEMU's.
+fn pair(dir: &Path) -> Result<(UnixStream, OwnedFd), VmError> {
+    let make = || -> io::Result<_> {
+        let (ours, theirs) = StdStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((UnixStream::from_std(ours)?, theirs.into()))
+    };
+    make().map_err(|source| VmError::Host {
+        action: "make sockets for",
+        path: dir.into(),
+        source,
+    })
+}
+
+/// Starts the vsock engine; returns QEMU's end of the connection to it. The socket between them has
+/// a name only until it is connected.
+fn start_vsock(dir: &Path) -> Result<(VhostUserVsock, OwnedFd), VmError> {
+    let path: PathBuf = dir.join(VHOST_FILE);
+    let connect = || -> io::Result<_> {
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        let stream = StdStream::connect(&path);
+        std::fs::remove_file(&path)?;
+        Ok((listener, stream?))
+    };
+    let (listener, stream) = connect().map_err(|source| VmError::Host {
+        action: "connect socket",
+        path: path.clone(),
+        source,
+    })?;
+    let config = vsock::Config {
+        uds: dir.join(VSOCK_FILE),
+        guest_cid: sealpod_protocol::GUEST_CID,
+        limits: vsock::Limits::default(),
+    };
+    Ok((VhostUserVsock::start(listener, &config)?, stream.into()))
+}
+
+/// Waits for QEMU's end and says what it was.
+struct Supervisor {
+    child: Watch,
+    console: Console,
+    reading: tokio::task::JoinHandle<()>,
+    stopping: Arc<AtomicBool>,
+}
+
+impl Supervisor {
+    async fn run(mut self) -> VmExit {
+        let exit = self.child.wait().await;
+        if tokio::time::timeout(DRAIN, &mut self.reading)
+            .await
+            .is_err()
+        {
+            self.reading.abort();
+        }
+        let console = self.console.lines();
+        let output = self.child.output();
+        let signalled = output.iter().any(|line| line.contains(BY_SIGNAL));
+        let reason = if self.stopping.load(Ordering::SeqCst) {
+            ExitReason::Stopped
+        } else if exit != Exit::Code(0) || signalled {
+            ExitReason::Vmm(exit)
+        } else {
+            panic_message(&console).map_or(ExitReason::Guest, ExitReason::Panic)
+        };
+        VmExit {
+            reason,
+            console,
+            output,
+        }
+    }
+}
+
+async fn ended(mut exit: watch::Receiver<Option<VmExit>>) -> VmExit {
+    let told = exit.wait_for(Option::is_some).await;
+    // The supervisor always tells; were its runtime to end first, nobody would be left to ask.
+    told.ok().and_then(|e| e.clone()).unwrap_or(VmExit {
+        reason: ExitReason::Stopped,
+        console: Vec::new(),
+        output: Vec::new(),
+    })
+}
+
+/// A running QEMU.
+struct Machine {
+    child: Child,
+    qmp: Qmp,
+    vsock: VhostUserVsock,
+    console: Console,
+    stopping: Arc<AtomicBool>,
+    exit: watch::Receiver<Option<VmExit>>,
+    accelerator: Accelerator,
+    ports: Ports,
+    marks: Vec<Mark>,
+}
+
+#[async_trait]
+impl Vm for Machine {
+    fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+
+    fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
+    fn marks(&self) -> Vec<Mark> {
+        self.marks.clone()
+    }
+
+    fn console_tail(&self) -> Vec<String> {
+        self.console.lines()
+    }
+
+    async fn pause(&self) -> Result<(), VmError> {
+        self.qmp.execute("stop", json!({})).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), VmError> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
+    }
+
+    async fn add_disk(&self, disk: Disk) -> Result<(), VmError> {
+        hotplug::add_disk(&self.qmp, &self.ports, &disk).await
+    }
+
+    async fn remove_disk(&self, serial: &str) -> Result<(), VmError> {
+        hotplug::remove_disk(&self.qmp, &self.ports, serial).await
+    }
+
+    async fn add_nic(&self, nic: Nic) -> Result<(), VmError> {
+        hotplug::add_nic(&self.qmp, &self.ports, nic).await
+    }
+
+    async fn wait(&self) -> VmExit {
+        ended(self.exit.clone()).await
+    }
+
+    async fn stop(&self) {
+        if self.exit.borrow().is_none() {
+            self.stopping.store(true, Ordering::SeqCst);
+            let quit = self.qmp.execute("quit", json!({}));
+            let gone = async {
+                // QEMU often ends before it has answered.
+                let _ = quit.await;
+                self.child.wait().await
+            };
+            if tokio::time::timeout(QUIT_PATIENCE, gone).await.is_err() {
+                self.child.kill();
+            }
+        }
+        self.wait().await;
+        self.vsock.stop();
+    }
+}
