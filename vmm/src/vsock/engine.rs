@@ -176,8 +176,8 @@ impl Engine {
 
     /// The guest will not come back: like [`Engine::reset`], and there will be no new clients.
     pub fn close(&mut self) {
-        self.reset();
         self.hybrid.close();
+        self.reset();
         for id in self.table.ids() {
             if self
                 .table
@@ -418,6 +418,15 @@ impl Engine {
         }
         if self.faults == MAX_COMPLAINTS {
             warn!("Further faults of this guest on vsock are not logged");
+        }
+    }
+}
+
+impl Drop for Engine {
+    /// Clients get an end, not an error, as far as they were served.
+    fn drop(&mut self) {
+        for id in self.table.ids() {
+            self.remove(id);
         }
     }
 }

@@ -34,6 +34,11 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
+    /// Whether the guest has said that it will send no more.
+    pub(crate) fn ended_sending(&self) -> bool {
+        self.ended & SHUTDOWN_SEND != 0
+    }
+
     /// What may be sent now, bytes.
     pub(crate) fn credit(&self) -> u32 {
         self.host_window - self.sent.wrapping_sub(self.host_read)

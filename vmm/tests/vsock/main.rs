@@ -8,5 +8,6 @@ mod guest;
 mod hostile;
 mod kernel;
 mod limits;
+mod machine;
 mod streams;
 mod vhost_user;
