@@ -298,7 +298,13 @@ async fn interface_works_in_the_namespace_again_after_detach() {
     );
     join(&outside, &pod, 1500).await;
     let (mut network, _dir) = pod_network(&pod).await;
-    drop(network.attach().await.expect("attach"));
+    let nics = network.attach().await.expect("attach");
+    // The interface is taken: another pod is refused, and its clean-up takes nothing away.
+    let (mut rival, _dir3) = pod_network(&pod).await;
+    assert!(rival.attach().await.is_err(), "taken twice");
+    rival.detach().await.expect("nothing to detach");
+    assert!(rival.attach().await.is_err(), "still taken");
+    drop((rival, nics));
     network.detach().await.expect("detach");
     // The tap went with its descriptor, the qdisc with detach: a second pod can take the namespace.
     // It dies without detaching; what it wrote down is enough to clean up, any number of times.

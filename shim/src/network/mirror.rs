@@ -14,22 +14,27 @@ const INGRESS: u32 = 0xffff_fff2;
 /// `ETH_P_ALL` in network byte order, as filters carry it.
 const EVERY_PROTOCOL: u16 = (libc::ETH_P_ALL as u16).to_be();
 
-/// Joins `link` and the tap with index `tap`: MTU, up, mirrored both ways.
+/// Joins `link` and the tap with index `tap`: MTU, up, mirrored both ways. On an error both are as
+/// they were, except that the tap may be up.
 pub(super) async fn connect(netlink: &Handle, link: &Link, tap: u32) -> Result<(), Error> {
-    let failed = |doing| {
-        move |source| Error::Mirror {
-            name: link.name.clone(),
-            doing,
-            source,
-        }
-    };
     // The tap's filter first: once the tap is up, whatever arrives on it is taken.
-    add_qdisc(netlink, tap)
-        .await
-        .map_err(failed("the tap's ingress qdisc was added"))?;
-    redirect(netlink, tap, link.index)
-        .await
-        .map_err(failed("the tap's filter was added"))?;
+    let mut done = steal(netlink, tap, link.index, &link.name).await;
+    if done.is_ok() {
+        done = set_up(netlink, link, tap).await;
+        if done.is_ok() {
+            done = steal(netlink, link.index, tap, &link.name).await;
+        }
+        if done.is_err() {
+            // The first error says what is wrong.
+            let _ = disconnect(netlink, tap).await;
+        }
+    }
+    done
+}
+
+/// The tap: MTU and up. The interface: lets multicast through.
+async fn set_up(netlink: &Handle, link: &Link, tap: u32) -> Result<(), Error> {
+    let failed = |doing| refused(&link.name, doing);
     let up = LinkUnspec::new_with_index(tap).mtu(link.mtu).up().build();
     netlink
         .link()
@@ -50,12 +55,29 @@ pub(super) async fn connect(netlink: &Handle, link: &Link, tap: u32) -> Result<(
             .await
             .map_err(failed("multicast was let through"))?;
     }
-    add_qdisc(netlink, link.index)
+    Ok(())
+}
+
+/// Sends everything that arrives on the interface `from` out of `to`. On an error nothing of it is
+/// left, and an ingress qdisc of somebody else is untouched.
+async fn steal(netlink: &Handle, from: u32, to: u32, name: &str) -> Result<(), Error> {
+    add_qdisc(netlink, from)
         .await
-        .map_err(failed("its ingress qdisc was added"))?;
-    redirect(netlink, link.index, tap)
-        .await
-        .map_err(failed("its filter was added"))
+        .map_err(refused(name, "an ingress qdisc was added"))?;
+    let done = redirect(netlink, from, to).await;
+    if done.is_err() {
+        let _ = disconnect(netlink, from).await;
+    }
+    done.map_err(refused(name, "a filter was added"))
+}
+
+fn refused(name: &str, doing: &'static str) -> impl FnOnce(rtnetlink::Error) -> Error {
+    let name = name.to_owned();
+    move |source| Error::Mirror {
+        name,
+        doing,
+        source,
+    }
 }
 
 /// Takes the mirror off the interface with this index. Idempotent: an interface or qdisc that is

@@ -261,8 +261,12 @@ impl PodNetwork {
             None => None,
         };
         let nic = &mut self.nics[place];
+        if let Err(e) = mirror::connect(&self.netlink, link, nic.tap).await {
+            // Nothing was taken; what is on the interface now is somebody else's.
+            release(&self.ledger, entry)?;
+            return Err(e);
+        }
         (nic.link, nic.entry) = (Some(link.index), entry);
-        mirror::connect(&self.netlink, link, nic.tap).await?;
         Ok(fd.map(|tap| TapNic {
             tap,
             mac: link.mac,

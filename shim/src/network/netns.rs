@@ -21,8 +21,9 @@ use tokio::sync::oneshot;
 
 /// `NSFS_MAGIC` of linux/magic.h: what a namespace file lives on.
 const NSFS_MAGIC: libc::c_long = 0x6e73_6673;
-/// The shim's own network namespace, which is containerd's and the host's.
-const OWN: &str = "/proc/self/ns/net";
+/// The shim's own network namespace, which is containerd's, and that of the first process. Either
+/// is what a pod may call the host's.
+const HOSTS: [&str; 2] = ["/proc/self/ns/net", "/proc/1/ns/net"];
 
 /// Why a network namespace cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +110,8 @@ impl PodNetns {
             return Err(NetnsError::NotANamespace(path.into()));
         }
         let identity = |f: &File| f.metadata().map(|m| (m.dev(), m.ino())).ok();
-        if identity(&file).is_some() && identity(&file) == identity(&open(Path::new(OWN))?) {
+        let hosts = HOSTS.iter().filter_map(|p| open(Path::new(p)).ok());
+        if hosts.into_iter().any(|h| identity(&h) == identity(&file)) {
             return Err(NetnsError::HostNetwork);
         }
         let netns = Self {
@@ -229,8 +231,14 @@ mod tests {
 
     #[tokio::test]
     async fn host_network_is_refused_by_name() {
-        let e = PodNetns::open(Path::new(OWN)).await.expect_err("host");
+        let e = PodNetns::open(Path::new(HOSTS[0])).await.expect_err("own");
         assert!(e.to_string().starts_with("Host networking does not apply"));
+        // Where a user may not look at the first process, nobody can join its namespace either.
+        let e = PodNetns::open(Path::new(HOSTS[1])).await.expect_err("host");
+        assert!(matches!(
+            e,
+            NetnsError::HostNetwork | NetnsError::Open { .. }
+        ));
         let spec: Spec = serde_json::from_str(
             r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"pid"}]}}"#,
         )
