@@ -9,3 +9,4 @@ pub mod config;
 pub mod network;
 pub mod podfile;
 pub mod sizing;
+pub mod virtiofs;

@@ -116,9 +116,10 @@ unsafe fn take(step: &Step, index: usize, user: Option<(u32, u32)>) -> Result<()
                 check(libc::chown(target.as_ptr(), uid, gid), Stage::Jail, index)
             }
             Step::Proc(at) => {
-                let flags = libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NODEV;
+                // Read-only: root needs no capability to write to many a sysctl.
+                let flags = libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NODEV | libc::MS_RDONLY;
                 let proc = Some(c"proc");
-                let mounted = mount(proc, at, proc, flags, Some(c"subset=pid"));
+                let mounted = mount(proc, at, proc, flags, None);
                 check(mounted, Stage::Jail, index)
             }
         }

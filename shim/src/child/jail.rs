@@ -40,7 +40,7 @@ pub(super) enum Step {
         major: u32,
         minor: u32,
     },
-    /// Mounts proc, showing processes only.
+    /// Mounts proc, read-only.
     Proc(CString),
 }
 
@@ -114,7 +114,7 @@ impl Jail {
         self
     }
 
-    /// Mounts `/proc`.
+    /// Mounts `/proc`, read-only, with the child's own processes.
     pub fn proc(&mut self) -> &mut Self {
         self.steps.push(Step::Dir(relative(Path::new("/proc"))));
         self.steps.push(Step::Proc(relative(Path::new("/proc"))));

@@ -13,6 +13,7 @@
 mod enter;
 mod exec;
 mod jail;
+mod socket;
 mod spawner;
 mod tail;
 
@@ -31,6 +32,7 @@ use tokio::sync::watch;
 use crate::ledger::{EntryId, Ledger, LedgerError, Resource};
 
 pub use jail::Jail;
+pub use socket::connected;
 pub use tail::Tail;
 
 /// Lines and bytes kept of what a child writes.

@@ -6,7 +6,7 @@ use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{UnixListener, UnixStream as StdStream};
+use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -190,14 +190,7 @@ fn pair(dir: &Path) -> Result<(UnixStream, OwnedFd), VmError> {
 /// a name only until it is connected.
 fn start_vsock(dir: &Path) -> Result<(VhostUserVsock, OwnedFd), VmError> {
     let path: PathBuf = dir.join(VHOST_FILE);
-    let connect = || -> io::Result<_> {
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path)?;
-        let stream = StdStream::connect(&path);
-        std::fs::remove_file(&path)?;
-        Ok((listener, stream?))
-    };
-    let (listener, stream) = connect().map_err(|source| VmError::Host {
+    let (listener, stream) = child::connected(&path).map_err(|source| VmError::Host {
         action: "connect socket",
         path: path.clone(),
         source,
