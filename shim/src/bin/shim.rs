@@ -1,2 +1,19 @@
-//! Shim entry.
-fn main() {}
+//! `containerd-shim-sealpod-v2`: the program that containerd runs. Everything is in the library.
+
+use std::process::ExitCode;
+
+use sealpod_shim::{
+    bootstrap::{self, Args},
+    error,
+};
+
+fn main() -> ExitCode {
+    let args = Args::parse(std::env::args().skip(1)).map_err(bootstrap::Error::from);
+    match args.and_then(|a| bootstrap::run(&a)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("containerd-shim-sealpod-v2: {}", error::chain(&e));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! One container: the states of its init and exec processes, and the events they cause. One task owns
+//! it; [`Handle`] sends it requests. What it needs of the VM it asks of the pod.
+//!
+//! A pod's sandbox ("pause") container has no process in the guest: its start and its exit are only
+//! told, and it ends when it is killed or when the VM does.
+
+mod create;
+mod lifecycle;
+mod process;
+mod query;
+
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
+
+use containerd_shim_protos::events::task as ev;
+
+use crate::{
+    error::{Error, Kind, Result},
+    events::Event,
+    hooks::Hooks,
+    io::Uris,
+    owner::Owner,
+    pod::Pod,
+};
+pub use create::{Request as CreateRequest, create};
+use process::Process;
+pub use process::{Exit, Phase};
+pub(crate) use query::metrics_any;
+pub use query::{Snapshot, Status};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Container {
+    pod: Arc<Pod>,
+    id: String,
+    bundle: PathBuf,
+    hooks: Hooks,
+    init: Process,
+    execs: HashMap<String, Process>,
+    paused: bool,
+    /// Has a process in the guest.
+    in_guest: bool,
+    /// Serials of the disks that were attached for it.
+    disks: Vec<String>,
+}
+
+/// Sends requests to a container.
+#[derive(Debug, Clone)]
+pub struct Handle(Owner<Container>);
+
+impl Container {
+    /// The process `exec_id`, or init where it is empty.
+    fn process(&mut self, exec_id: &str) -> Result<&mut Process> {
+        if exec_id.is_empty() {
+            return Ok(&mut self.init);
+        }
+        let id = &self.id;
+        self.execs
+            .get_mut(exec_id)
+            .ok_or_else(|| Error::not_found(format!("exec {exec_id:?} of task {id:?} not found")))
+    }
+
+    /// The process and its state for a request that needs it to run.
+    fn running(&mut self, exec_id: &str, verb: &str) -> Result<&mut Process> {
+        let process = self.process(exec_id)?;
+        match process.phase {
+            Phase::Running => Ok(process),
+            Phase::Created => Err(Error::precondition(format!(
+                "cannot {verb} a process that is not started"
+            ))),
+            Phase::Stopped(_) => Err(Error::not_found("process already finished")),
+        }
+    }
+
+    fn pid(&self) -> u32 {
+        self.pod.vm_pid()
+    }
+
+    async fn publish(&self, event: Event) {
+        self.pod.publisher().publish(event).await;
+    }
+
+    /// Records that a process has ended, and tells it once. For init, everything else in the container
+    /// has ended too.
+    async fn exited(&mut self, exec_id: &str, exit: Exit) {
+        let pid = self.pid();
+        let Ok(process) = self.process(exec_id) else {
+            return;
+        };
+        if !process.stop(exit) {
+            return;
+        }
+        if exec_id.is_empty() {
+            self.paused = false;
+        }
+        let event = ev::TaskExit {
+            container_id: self.id.clone(),
+            id: if exec_id.is_empty() {
+                self.id.clone()
+            } else {
+                exec_id.into()
+            },
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(crate::clock::timestamp(exit.at_ns)).into(),
+            ..Default::default()
+        };
+        self.publish(Event::Exit(event)).await;
+    }
+}
+
+/// Reports an exit that the guest can no longer tell: SIGKILL's.
+fn killed_with_vm() -> Exit {
+    Exit {
+        status: 128 + 9,
+        at_ns: crate::clock::unix_ns(),
+    }
+}
+
+impl Handle {
+    /// Adds an exec; it runs from [`Handle::start`] on.
+    ///
+    /// # Errors
+    /// An id that is taken or malformed, a stopped container.
+    pub async fn exec(&self, exec_id: String, uris: Uris, spec: Vec<u8>) -> Result<()> {
+        self.0
+            .call(move |c| {
+                Box::pin(async move {
+                    let event = c.add_exec(exec_id, uris, spec)?;
+                    c.publish(Event::ExecAdded(event)).await;
+                    Ok(())
+                })
+            })
+            .await?
+    }
+}
+
+impl Container {
+    fn add_exec(
+        &mut self,
+        exec_id: String,
+        uris: Uris,
+        spec: Vec<u8>,
+    ) -> Result<ev::TaskExecAdded> {
+        if !sealpod_protocol::valid_id(&exec_id) {
+            return Err(Error::invalid(format!(
+                "exec id {exec_id:?} is not allowed: 1 to {} of A-Z a-z 0-9 _ . -",
+                sealpod_protocol::ID_MAX
+            )));
+        }
+        if self.execs.contains_key(&exec_id) {
+            return Err(Error::new(
+                Kind::AlreadyExists,
+                format!("exec {exec_id:?} already exists"),
+            ));
+        }
+        if !self.in_guest {
+            return Err(Error::precondition(
+                "the sandbox container has no process to exec into",
+            ));
+        }
+        match self.init.phase {
+            Phase::Running if self.paused => {
+                return Err(Error::precondition("cannot exec in a paused container"));
+            }
+            Phase::Running => {}
+            // As runc: an exec may be added to a created container, and fails when it is started.
+            Phase::Created => {}
+            Phase::Stopped(_) => {
+                return Err(Error::precondition("cannot exec in a stopped container"));
+            }
+        }
+        self.execs.insert(exec_id.clone(), Process::new(uris, spec));
+        Ok(ev::TaskExecAdded {
+            container_id: self.id.clone(),
+            exec_id,
+            ..Default::default()
+        })
+    }
+}

@@ -1,0 +1,366 @@
+//! From a request to a VM whose agent answers: what is taken, in which order, and what the guest is
+//! told first. A failure gives everything back and says at which stage it happened.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use sealpod_protocol::{AGENT_PORT, agent};
+use tokio::net::UnixListener;
+
+use super::{Mark, Pod, machine::Taken};
+use crate::{
+    annotations, clock,
+    config::{self, Config},
+    error::{Error, Kind, Result},
+    guest::Guest,
+    host_cgroup::HostCgroup,
+    ledger::Ledger,
+    network::{PodNetns, PodNetwork, TapNic, portforward::PortForward},
+    podfile::PodFile,
+    sizing::{self, Size},
+    spec,
+    virtiofs::{self, Virtiofs},
+    vm::{self, Driver as _},
+};
+
+/// Of a NIC whose interface is not known yet, bytes.
+const DEFAULT_MTU: u32 = 1500;
+/// Size of the pod's shared memory file system where the pod says nothing: containerd's default.
+const SHM_BYTES: u64 = 64 << 20;
+/// Randomness given to a new guest.
+const ENTROPY_BYTES: usize = 256;
+/// Console lines told with a guest that did not come up.
+const CONSOLE_LINES: usize = 20;
+
+/// What a VM is made from.
+#[derive(Debug, Clone)]
+pub(super) struct BootRequest {
+    /// Configuration file that the runtime's options name.
+    pub(super) config: Option<String>,
+    /// Network namespace, where the specification does not say.
+    pub(super) netns: Option<PathBuf>,
+    /// The pod's annotations.
+    pub(super) annotations: HashMap<String, String>,
+    /// The sandbox's or only container's specification.
+    pub(super) spec: Option<Spec>,
+}
+
+/// What was decided before anything is taken.
+struct Plan {
+    config: Config,
+    size: Size,
+    kernel_params: Vec<String>,
+}
+
+fn refused(e: &dyn std::error::Error) -> Error {
+    Error::chain(Kind::InvalidArgument, e)
+}
+
+fn failed(e: &dyn std::error::Error) -> Error {
+    Error::chain(Kind::Unknown, e)
+}
+
+fn plan(request: &BootRequest) -> Result<Plan> {
+    let path = request.config.as_deref().map(Path::new);
+    let config = config::load(path).map_err(|e| refused(&e))?;
+    let wishes = annotations::read(&request.annotations, &config.annotations.allow)
+        .map_err(|e| refused(&e))?;
+    let limits = match &request.spec {
+        Some(spec) => sizing::limits(spec).map_err(|e| refused(&e))?,
+        None => sizing::Limits::default(),
+    };
+    let host = sizing::Host::this();
+    let size = sizing::size(limits, &wishes, &config.sizing, host).map_err(|e| refused(&e))?;
+    let mut kernel_params = config.hypervisor.kernel_params.clone();
+    kernel_params.extend(wishes.kernel_params);
+    Ok(Plan {
+        config,
+        size,
+        kernel_params,
+    })
+}
+
+/// Boots the pod's VM; what it took stands in `taken`, also when it fails. Returns how long the guest
+/// may take to end by itself.
+pub(super) async fn boot(
+    pod: &Arc<Pod>,
+    ledger: &Ledger,
+    request: &BootRequest,
+    taken: &mut Taken,
+) -> Result<Duration> {
+    pod.timeline.mark(Mark::Requested);
+    let plan = plan(request)?;
+    let netns = netns(request).await?;
+    let cgroup = taken.cgroup.insert(cgroup(pod, ledger, request, &plan)?);
+
+    let dir = pod.identity.place.dir();
+    virtiofs::make_share(dir).map_err(|e| failed(&e))?;
+    let procs = cgroup.procs_files().map_err(|e| failed(&e))?;
+    let started = Virtiofs::start(&plan.config.hypervisor.virtiofsd, dir, procs, ledger).await;
+    let (virtiofsd, share) = started.map_err(|e| failed(&e))?;
+    taken.virtiofsd = Some(virtiofsd);
+
+    let network = PodNetwork::new(netns, ledger.clone()).await;
+    let network = taken.network.insert(network.map_err(|e| failed(&e))?);
+    let taps = network.attach().await.map_err(|e| failed(&e))?;
+
+    let dialled = dir.join(format!("{}_{AGENT_PORT}", vm::VSOCK_FILE));
+    let listener = UnixListener::bind(&dialled).map_err(|e| failed(&e))?;
+    let config = vm_config(pod, &plan, network, cgroup, share, taps)?;
+    let vm = taken.vm.insert(
+        vm::Qemu
+            .start(config, ledger)
+            .await
+            .map_err(|e| failed(&e))?,
+    );
+    pod.timeline.mark(Mark::VmCreated);
+
+    let limit = Duration::from_secs(plan.config.timeouts.boot_seconds.into());
+    let answered = first_answer(vm.as_ref(), &listener, &dir.join(vm::VSOCK_FILE), limit).await;
+    // Nobody else may dial.
+    drop(listener);
+    let _ = std::fs::remove_file(&dialled);
+    let (guest, hello) = answered?;
+    mark_guest_times(pod, &hello);
+    set_up(&guest, request, network).await?;
+    taken.port_forward = port_forward(network, &guest).await;
+    announce(pod, &plan, vm.as_ref(), &guest, &hello);
+    Ok(Duration::from_secs(
+        plan.config.timeouts.shutdown_seconds.into(),
+    ))
+}
+
+/// Waits for the agent to dial and answer, for the VM to end, or for the time to run out.
+async fn first_answer(
+    vm: &dyn vm::Vm,
+    listener: &UnixListener,
+    vsock: &Path,
+    limit: Duration,
+) -> Result<(Guest, agent::HelloResponse)> {
+    let e = tokio::select! {
+        answered = Guest::accept(listener, vsock) => match answered {
+            Ok(answered) => return Ok(answered),
+            Err(e) => failed(&e),
+        },
+        exit = vm.wait() => {
+            Error::new(Kind::Unknown, format!("The VM ended before its agent answered: {exit}"))
+        }
+        () = tokio::time::sleep(limit) => {
+            let text = format!("Guest agent did not answer within {} s", limit.as_secs());
+            Error::new(Kind::Unknown, text)
+        }
+    };
+    vm.stop().await;
+    Err(with_console(e, &vm.console_tail()))
+}
+
+/// What the VM driver is told. Descriptors are duplicated for the VMM; it has no others.
+fn vm_config(
+    pod: &Pod,
+    plan: &Plan,
+    network: &PodNetwork,
+    cgroup: &HostCgroup,
+    share: OwnedFd,
+    taps: Vec<TapNic>,
+) -> Result<vm::VmConfig> {
+    let hypervisor = &plan.config.hypervisor;
+    let wanted = match hypervisor.accelerator {
+        config::Accelerator::Auto => None,
+        config::Accelerator::Kvm => Some(vm::Accelerator::Kvm),
+        config::Accelerator::Tcg => Some(vm::Accelerator::Tcg),
+    };
+    let netns = network
+        .netns()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|e| failed(&e))?;
+    Ok(vm::VmConfig {
+        dir: pod.identity.place.dir().to_owned(),
+        program: find_program(&hypervisor.qemu)?,
+        kernel: hypervisor.kernel.clone(),
+        initramfs: hypervisor.initramfs.clone(),
+        kernel_params: plan.kernel_params.clone(),
+        vcpus: plan.size.vcpus,
+        memory_mib: plan.size.memory_mib,
+        share: Some(share),
+        nics: taps.into_iter().map(nic).collect(),
+        netns: Some(netns),
+        cgroup: cgroup.procs_files().map_err(|e| failed(&e))?,
+        hotplug_ports: hypervisor.hotplug_ports,
+        accelerator: vm::choose_accelerator(wanted, &plan.config.runtime.state_dir),
+        user: hypervisor.user.get(),
+    })
+}
+
+/// The NIC of the VM at the other end of a tap.
+pub(super) fn nic(tap: TapNic) -> vm::Nic {
+    vm::Nic {
+        tap: tap.tap,
+        mac: tap.mac,
+        mtu: tap.mtu.unwrap_or(DEFAULT_MTU),
+    }
+}
+
+/// An absolute path as it is; a name is looked for in PATH.
+fn find_program(program: &Path) -> Result<PathBuf> {
+    if program.is_absolute() {
+        return Ok(program.to_owned());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|p| p.is_file());
+    found.ok_or_else(|| {
+        Error::new(
+            Kind::Unknown,
+            format!("{program:?} is not in PATH ({path:?}); hypervisor.qemu of the configuration names it"),
+        )
+    })
+}
+
+async fn netns(request: &BootRequest) -> Result<PodNetns> {
+    let netns = match (&request.netns, &request.spec) {
+        (Some(path), _) => PodNetns::open(path).await,
+        (None, Some(spec)) => PodNetns::from_spec(spec).await,
+        (None, None) => PodNetns::create().await,
+    };
+    netns.map_err(|e| refused(&e))
+}
+
+fn cgroup(pod: &Pod, ledger: &Ledger, request: &BootRequest, plan: &Plan) -> Result<HostCgroup> {
+    let path = request
+        .spec
+        .as_ref()
+        .and_then(|s| s.linux().as_ref()?.cgroups_path().clone());
+    let path = path.unwrap_or_default();
+    let strict = plan.config.runtime.strict_cgroup;
+    let cgroup = HostCgroup::create(&path.to_string_lossy(), pod.id(), ledger, strict);
+    let cgroup = cgroup.map_err(|e| failed(&e))?;
+    match cgroup.join(std::process::id()) {
+        Err(e) if strict => return Err(failed(&e)),
+        Err(e) => tracing::warn!("{}", crate::error::chain(&e)),
+        Ok(()) => {}
+    }
+    Ok(cgroup)
+}
+
+fn mark_guest_times(pod: &Pod, hello: &agent::HelloResponse) {
+    let now = clock::boot_ns();
+    pod.timeline.mark_at(Mark::AgentReady, now);
+    // The guest's clock began with its kernel; its last stamp was taken when it dialled, just now.
+    let since_init = hello.ready_ns.saturating_sub(hello.init_started_ns);
+    pod.timeline
+        .mark_at(Mark::KernelUp, now.saturating_sub(since_init));
+}
+
+async fn set_up(guest: &Guest, request: &BootRequest, network: &PodNetwork) -> Result<()> {
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    getrandom(&mut entropy).map_err(|e| failed(&e))?;
+    let spec = request.spec.as_ref();
+    let sandbox =
+        spec.filter(|_| spec::role(&request.annotations).is_ok_and(|r| r == spec::Role::Sandbox));
+    let sysctls = sandbox.and_then(|s| s.linux().as_ref()?.sysctl().clone());
+    // A container that is a pod by itself sets the host name in its own UTS namespace, if it has one.
+    let own_uts = spec.is_some_and(|s| spec::namespace(s, LinuxNamespaceType::Uts).is_some());
+    let hostname = match sandbox {
+        None if own_uts => None,
+        _ => spec.and_then(|s| s.hostname().clone()),
+    };
+    let message = agent::SetupSandboxRequest {
+        hostname: hostname.unwrap_or_default(),
+        time_unix_ns: clock::unix_ns(),
+        entropy,
+        share: true,
+        network: Some(network.to_proto()).into(),
+        sysctls: sysctls.unwrap_or_default(),
+        shm_bytes: SHM_BYTES,
+        ..Default::default()
+    };
+    guest
+        .agent()
+        .setup_sandbox(Guest::soon(), &message)
+        .await
+        .map_err(Error::from)?;
+    Ok(())
+}
+
+fn getrandom(buffer: &mut [u8]) -> std::io::Result<()> {
+    use std::io::Read;
+    std::fs::File::open("/dev/urandom")?.read_exact(buffer)
+}
+
+/// Without it the pod works, but containerd's port-forward does not.
+async fn port_forward(network: &PodNetwork, guest: &Guest) -> Option<PortForward> {
+    let guest = guest.clone();
+    let dial = move |port| {
+        let guest = guest.clone();
+        async move {
+            let header = sealpod_protocol::streams::Header::Tcp { port };
+            guest.stream(&header).await.map_err(std::io::Error::other)
+        }
+    };
+    match PortForward::start(network.netns(), dial).await {
+        Ok(forward) => Some(forward),
+        Err(e) => {
+            tracing::warn!(
+                "Port forwarding is not available: {}",
+                crate::error::chain(&e)
+            );
+            None
+        }
+    }
+}
+
+/// Tells the rest of the shim, and other programs on the host, that the pod is up.
+fn announce(pod: &Pod, plan: &Plan, vm: &dyn vm::Vm, guest: &Guest, hello: &agent::HelloResponse) {
+    let created_ns = clock::unix_ns();
+    let file = PodFile {
+        namespace: pod.namespace().into(),
+        id: pod.id().into(),
+        shim_pid: std::process::id(),
+        vm_pid: vm.pid(),
+        created_unix: u64::try_from(created_ns / 1_000_000_000).unwrap_or(0),
+        accelerator: vm.accelerator().as_str().into(),
+        vcpus: plan.size.vcpus,
+        memory_mib: plan.size.memory_mib,
+    };
+    if let Err(e) = file.write(pod.identity.place.dir()) {
+        tracing::warn!("{}", crate::error::chain(&e));
+    }
+    let mut view = super::lock(&pod.view);
+    view.guest = Some(guest.clone());
+    view.vm_pid = vm.pid();
+    view.created_ns = Some(created_ns);
+    view.info = [
+        ("accelerator", file.accelerator),
+        ("agent", hello.agent_version.clone()),
+        ("kernel", hello.kernel_release.clone()),
+        ("vcpus", file.vcpus.to_string()),
+        ("memory_mib", file.memory_mib.to_string()),
+        ("agent_rss_bytes", hello.agent_rss_bytes.to_string()),
+        (
+            "guest_memory_available_bytes",
+            hello.memory_available_bytes.to_string(),
+        ),
+    ]
+    .into_iter()
+    .map(|(k, v)| (k.to_owned(), v))
+    .collect();
+}
+
+/// A guest that does not come up says why on its console.
+fn with_console(e: Error, console: &[String]) -> Error {
+    let lines = &console[console.len().saturating_sub(CONSOLE_LINES)..];
+    let said = if lines.is_empty() {
+        "the guest's console was empty".to_owned()
+    } else {
+        format!("the guest's last console lines were:\n{}", lines.join("\n"))
+    };
+    Error::new(e.kind, format!("{}; {said}", e.message))
+}

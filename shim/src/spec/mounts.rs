@@ -1,0 +1,237 @@
+//! Which mounts of a specification need something of the host, and where the guest finds it.
+//!
+//! A bind mount's source is bound below the pod's share; the guest's own file systems (proc, sysfs,
+//! tmpfs, …) are mounted by the guest; anything else is mounted on the host and shared.
+
+use std::{
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+};
+
+use nix::sys::statfs;
+use oci_spec::runtime::{Mount, Spec};
+use sealpod_protocol::{SANDBOX_SHM_DIR, SHARE_DIR};
+
+use super::Error;
+
+/// File systems that the guest makes itself.
+const GUEST_TYPES: [&str; 12] = [
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "ramfs",
+    "devpts",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "bpf",
+    "debugfs",
+    "securityfs",
+    "hugetlbfs",
+];
+
+/// One thing that has to be mounted on the host, below the container's part of the share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostMount {
+    /// Name below `<share>/<container id>/mounts/`.
+    pub name: String,
+    /// What.
+    pub source: HostSource,
+    /// Whether the host may not write through it either.
+    pub readonly: bool,
+}
+
+/// See [`HostMount::source`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostSource {
+    /// A file or directory of the host.
+    Bind {
+        /// Absolute path.
+        path: PathBuf,
+        /// Whether it is a directory.
+        is_dir: bool,
+        /// Whether mounts below it come along.
+        recursive: bool,
+    },
+    /// A file system that the host mounts.
+    Filesystem {
+        /// Type, as for mount(2).
+        fstype: String,
+        /// Device or other source.
+        source: String,
+        /// Options.
+        options: Vec<String>,
+    },
+}
+
+/// Rewrites the mounts of `spec` for the guest and returns what the host has to provide.
+pub(super) fn translate(
+    spec: &mut Spec,
+    container_id: &str,
+    bundle: &Path,
+) -> Result<Vec<HostMount>, Error> {
+    let mut host = Vec::new();
+    for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        let name = index.to_string();
+        if let Some(source) = host_source(mount, bundle)? {
+            let guest = Path::new(SHARE_DIR)
+                .join(container_id)
+                .join("mounts")
+                .join(&name);
+            if matches!(source, HostSource::Filesystem { .. }) {
+                mount.set_options(Some(vec!["rbind".into()]));
+            }
+            let options = mount.options().iter().flatten();
+            host.push(HostMount {
+                readonly: options.clone().any(|o| o == "ro"),
+                name,
+                source,
+            });
+            mount.set_source(Some(guest)).set_typ(Some("bind".into()));
+        }
+    }
+    Ok(host)
+}
+
+/// What the host has to provide for `mount`; `None` where the guest does it alone (its source may have
+/// been changed to a guest path).
+fn host_source(mount: &mut Mount, bundle: &Path) -> Result<Option<HostSource>, Error> {
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |name: &str| options.iter().any(|o| o == name);
+    let fstype = mount.typ().clone().unwrap_or_default();
+    let is_bind = matches!(fstype.as_str(), "bind" | "rbind") || has("bind") || has("rbind");
+    if !is_bind {
+        if GUEST_TYPES.contains(&fstype.as_str()) {
+            return Ok(None);
+        }
+        return Ok(Some(HostSource::Filesystem {
+            fstype,
+            source: mount
+                .source()
+                .clone()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+            options,
+        }));
+    }
+    let destination = mount.destination().clone();
+    let Some(source) = mount.source().clone() else {
+        return Err(Error::Value {
+            field: format!("mounts[{destination:?}].source"),
+            found: String::new(),
+            allowed: "a path on the host".into(),
+        });
+    };
+    let path = bundle.join(source);
+    if is_guests_own(&path) {
+        return Ok(None);
+    }
+    let metadata = fs::metadata(&path).map_err(|e| Error::Value {
+        field: format!("mounts[{destination:?}].source"),
+        found: path.display().to_string(),
+        allowed: format!("a path that exists on the host ({e})"),
+    })?;
+    if is_pod_shm(&destination, &path) {
+        mount.set_source(Some(SANDBOX_SHM_DIR.into()));
+        return Ok(None);
+    }
+    let kind = metadata.file_type();
+    if kind.is_char_device() || kind.is_block_device() {
+        return Err(Error::Unsupported(format!(
+            "Mount {destination:?} binds the host's device {}: a device reaches a VM by `linux.devices`",
+            path.display()
+        )));
+    }
+    Ok(Some(HostSource::Bind {
+        path,
+        is_dir: metadata.is_dir(),
+        recursive: has("rbind") || fstype == "rbind",
+    }))
+}
+
+/// The kernel's own trees: the guest has its own, and the host's would be the wrong ones.
+fn is_guests_own(path: &Path) -> bool {
+    ["/proc", "/sys", "/dev"]
+        .iter()
+        .any(|own| path.starts_with(own))
+}
+
+/// `/dev/shm` of a pod: containerd and docker bind a host tmpfs named `shm`, the guest has one of its own
+/// that all containers of the pod share.
+fn is_pod_shm(destination: &Path, source: &Path) -> bool {
+    destination == Path::new("/dev/shm")
+        && source.file_name().is_some_and(|n| n == "shm")
+        && statfs::statfs(source).is_ok_and(|s| s.filesystem_type() == statfs::TMPFS_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{MountBuilder, SpecBuilder};
+
+    use super::*;
+
+    fn one(typ: &str, source: &str, destination: &str, options: &[&str]) -> Spec {
+        let options: Vec<String> = options.iter().map(|o| (*o).into()).collect();
+        let mount = MountBuilder::default()
+            .typ(typ)
+            .source(source)
+            .destination(destination)
+            .options(options)
+            .build()
+            .expect("mount");
+        SpecBuilder::default()
+            .mounts([mount])
+            .build()
+            .expect("spec")
+    }
+
+    #[test]
+    fn a_volume_is_bound_below_the_share() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let source = dir.path().to_string_lossy().into_owned();
+        let mut spec = one("bind", &source, "/data", &["rbind", "ro"]);
+        let host = translate(&mut spec, "c1", Path::new("/b")).expect("translate");
+        assert_eq!(
+            host,
+            [HostMount {
+                name: "0".into(),
+                source: HostSource::Bind {
+                    path: dir.path().into(),
+                    is_dir: true,
+                    recursive: true
+                },
+                readonly: true,
+            }]
+        );
+        let mounts = spec.mounts().clone().expect("mounts");
+        assert_eq!(
+            mounts[0].source().as_deref(),
+            Some(Path::new("/run/sealpod/share/c1/mounts/0"))
+        );
+    }
+
+    #[test]
+    fn the_guest_mounts_its_own_kernel_file_systems() {
+        for (typ, source) in [
+            ("proc", "proc"),
+            ("tmpfs", "tmpfs"),
+            ("bind", "/sys/fs/cgroup"),
+            ("bind", "/dev/fuse"),
+        ] {
+            let mut spec = one(typ, source, "/x", &[]);
+            let host = translate(&mut spec, "c1", Path::new("/b")).expect("translate");
+            assert!(host.is_empty(), "{typ} {source}");
+        }
+    }
+
+    #[test]
+    fn a_source_that_is_not_there_is_named() {
+        let mut spec = one("bind", "/nowhere/at/all", "/data", &["rbind"]);
+        let e = translate(&mut spec, "c1", Path::new("/b"))
+            .expect_err("missing")
+            .to_string();
+        assert!(e.contains("/nowhere/at/all") && e.contains("/data"), "{e}");
+    }
+}
