@@ -1,0 +1,29 @@
+#!/bin/bash
+# Builds the agent as a static program for the guest and puts it where the initramfs packer looks.
+#   agent/build.sh [--dev]     --dev: the quick profile, larger and slower
+# Needs Rust and libseccomp's static library (Debian: libseccomp-dev).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here/.."
+target=x86_64-unknown-linux-gnu
+profile=release
+[ "${1:-}" != --dev ] || profile=dev
+
+lib=${LIBSECCOMP_LIB_PATH:-/usr/lib/x86_64-linux-gnu}
+if [ ! -e "$lib/libseccomp.a" ]; then
+	echo "agent: $lib/libseccomp.a is missing: apt-get install libseccomp-dev" >&2
+	exit 1
+fi
+# --target even though it is the host's: procedural macros are host code and must not become static.
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static"
+export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$lib
+cargo build -p sealpod-agent --profile "$profile" --target "$target"
+
+built=${CARGO_TARGET_DIR:-target}/$target/$([ "$profile" = dev ] && echo debug || echo release)/sealpod-agent
+out=${SEALPOD_GUEST_DIR:-target/guest}
+mkdir -p "$out"
+if ! cmp -s "$built" "$out/sealpod-agent"; then
+	cp "$built" "$out/sealpod-agent.new"
+	mv "$out/sealpod-agent.new" "$out/sealpod-agent"
+fi
+echo "agent: $out/sealpod-agent, $(stat -c %s "$out/sealpod-agent") bytes" >&2

@@ -1,0 +1,444 @@
+//! The ttrpc service of agent.proto: requests checked and handed to what carries them out, errors given
+//! the code that the shim acts on. Nothing is decided here.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use oci_spec::runtime::LinuxResources;
+use protobuf::Message;
+use sealpod_protocol::agent::{
+    ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecRequest,
+    ExecResponse, HelloRequest, HelloResponse, Network as NetworkRequest, Oom, PidsResponse,
+    Process, ProcessRequest, ResizePtyRequest, SetupSandboxRequest, SignalRequest, StatsResponse,
+    UpdateRequest, WaitResponse, event,
+};
+use sealpod_protocol::agent_ttrpc::Agent;
+use sealpod_protocol::streams::Stdio;
+use sealpod_protocol::{PROTOCOL_VERSION, valid_id};
+use tokio::sync::{Mutex, mpsc};
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::{Code, Error, Result, get_status};
+
+use crate::cgroup::{CgroupError, oom, stats};
+use crate::container::{ContainerError, Containers};
+use crate::io::{Connection, Processes};
+use crate::network::{Network, NetworkError, Plan};
+use crate::reaper::Reaper;
+use crate::sandbox::{self, Sandbox, SandboxError};
+use crate::start::Timeline;
+
+/// Largest signal number.
+const SIGNAL_MAX: u32 = 64;
+/// Time for the answer to a shutdown to leave before the guest ends.
+const FAREWELL: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// The agent's service.
+#[derive(Debug, Clone)]
+pub struct Service(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    containers: Containers,
+    sandbox: Sandbox,
+    network: Mutex<Network>,
+    events: Mutex<mpsc::Receiver<String>>,
+    timeline: Timeline,
+}
+
+fn status(code: Code, error: impl std::fmt::Display) -> Error {
+    Error::RpcStatus(get_status(code, error))
+}
+
+fn container_error(error: ContainerError) -> Error {
+    let code = match &error {
+        ContainerError::NotFound(_) | ContainerError::Finished | ContainerError::Gone => {
+            Code::NOT_FOUND
+        }
+        ContainerError::Exists(_) => Code::ALREADY_EXISTS,
+        ContainerError::State(_) => Code::FAILED_PRECONDITION,
+        ContainerError::Argument(_) | ContainerError::Spec(_) | ContainerError::Device(_) => {
+            Code::INVALID_ARGUMENT
+        }
+        ContainerError::Cgroup(CgroupError::Invalid(_)) => Code::INVALID_ARGUMENT,
+        ContainerError::Launch(_) => Code::UNKNOWN,
+        ContainerError::Streams(_) | ContainerError::Signal { .. } | ContainerError::Cgroup(_) => {
+            Code::INTERNAL
+        }
+    };
+    status(code, error)
+}
+
+fn network_error(error: NetworkError) -> Error {
+    let code = match &error {
+        NetworkError::Plan(_) | NetworkError::NoInterface { .. } => Code::INVALID_ARGUMENT,
+        NetworkError::NoDevice { .. } => Code::NOT_FOUND,
+        NetworkError::Socket(_) | NetworkError::Step { .. } => Code::INTERNAL,
+    };
+    status(code, error)
+}
+
+fn sandbox_error(error: SandboxError) -> Error {
+    let code = match &error {
+        SandboxError::Twice => Code::FAILED_PRECONDITION,
+        SandboxError::Value(_) | SandboxError::Sysctl(_) => Code::INVALID_ARGUMENT,
+        SandboxError::Step { .. } => Code::INTERNAL,
+    };
+    status(code, error)
+}
+
+fn check_id(what: &str, id: &str) -> Result<()> {
+    if valid_id(id) {
+        return Ok(());
+    }
+    Err(status(
+        Code::INVALID_ARGUMENT,
+        format_args!(
+            "Invalid {what} id {:?}: 1 to 128 of A-Z a-z 0-9 _ . -",
+            id.get(..64).unwrap_or(id)
+        ),
+    ))
+}
+
+fn check_process(container: &str, exec: &str) -> Result<()> {
+    check_id("container", container)?;
+    if exec.is_empty() {
+        return Ok(());
+    }
+    check_id("exec", exec)
+}
+
+/// Runs `work` to its end even if the request is given up: a container half made would be nobody's.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|e| Err(status(Code::INTERNAL, e)))
+}
+
+impl Service {
+    /// A service for a guest in which nothing runs yet.
+    #[must_use]
+    pub fn new(reaper: Reaper, timeline: Timeline) -> Self {
+        let (sender, events) = mpsc::channel(oom::QUEUE);
+        Self(Arc::new(Inner {
+            containers: Containers::new(reaper, sender),
+            sandbox: Sandbox::default(),
+            network: Mutex::default(),
+            events: Mutex::new(events),
+            timeline,
+        }))
+    }
+}
+
+impl Processes for Service {
+    fn check(&self, container: &str, exec: &str, stream: Stdio) -> std::result::Result<(), String> {
+        let found = self.0.containers.process(container, exec);
+        let (_, process) = found.map_err(|e| e.to_string())?;
+        process.streams().check(stream).map_err(|e| e.to_string())
+    }
+
+    fn attach(
+        &self,
+        container: &str,
+        exec: &str,
+        stream: Stdio,
+        connection: Connection,
+    ) -> std::result::Result<(), String> {
+        let found = self.0.containers.process(container, exec);
+        let (_, process) = found.map_err(|e| e.to_string())?;
+        process
+            .streams()
+            .attach(stream, connection)
+            .map_err(|e| e.to_string())
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> Result<HelloResponse> {
+        if request.protocol_version != PROTOCOL_VERSION {
+            return Err(status(
+                Code::FAILED_PRECONDITION,
+                format_args!(
+                    "The agent speaks protocol version {PROTOCOL_VERSION}, the shim {}: initramfs and shim are not of one build",
+                    request.protocol_version
+                ),
+            ));
+        }
+        Ok(self.0.timeline.hello())
+    }
+
+    async fn setup_sandbox(&self, _: &TtrpcContext, request: SetupSandboxRequest) -> Result<Empty> {
+        let this = self.clone();
+        to_the_end(async move {
+            let plan = Plan::try_from(request.network.get_or_default())
+                .map_err(|e| network_error(e.into()))?;
+            this.0.sandbox.set_up(&request).map_err(sandbox_error)?;
+            let mut network = this.0.network.lock().await;
+            network.configure(plan).await.map_err(network_error)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, request: NetworkRequest) -> Result<Empty> {
+        let this = self.clone();
+        to_the_end(async move {
+            let plan = Plan::try_from(&request).map_err(|e| network_error(e.into()))?;
+            let mut network = this.0.network.lock().await;
+            network.configure(plan).await.map_err(network_error)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> Result<CreateContainerResponse> {
+        check_id("container", &request.container_id)?;
+        let this = self.clone();
+        to_the_end(async move {
+            let pid = this
+                .0
+                .containers
+                .create(request)
+                .await
+                .map_err(container_error)?;
+            Ok(CreateContainerResponse {
+                pid: pid.unsigned_abs(),
+                ..Default::default()
+            })
+        })
+        .await
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        check_id("container", &request.container_id)?;
+        let container = self
+            .0
+            .containers
+            .get(&request.container_id)
+            .map_err(container_error)?;
+        to_the_end(async move {
+            container.start().await.map_err(container_error)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        check_id("container", &request.container_id)?;
+        let this = self.clone();
+        to_the_end(async move {
+            let deleted = this.0.containers.delete(&request.container_id).await;
+            deleted.map_err(container_error)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> Result<ExecResponse> {
+        check_id("container", &request.container_id)?;
+        check_id("exec", &request.exec_id)?;
+        let this = self.clone();
+        to_the_end(async move {
+            let pid = this
+                .0
+                .containers
+                .exec(request)
+                .await
+                .map_err(container_error)?;
+            Ok(ExecResponse {
+                pid: pid.unsigned_abs(),
+                ..Default::default()
+            })
+        })
+        .await
+    }
+
+    async fn delete_process(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
+        check_process(&request.container_id, &request.exec_id)?;
+        match self.0.containers.get(&request.container_id) {
+            Ok(container) => container
+                .delete_process(&request.exec_id)
+                .map_err(container_error)?,
+            Err(_) => {} // gone with all its processes
+        }
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
+        check_process(&request.container_id, &request.exec_id)?;
+        let found = self
+            .0
+            .containers
+            .process(&request.container_id, &request.exec_id);
+        let (container, process) = found.map_err(container_error)?;
+        let ended = process.wait().await.map_err(container_error)?;
+        if ended.exit.killed {
+            container.check_oom();
+            tokio::task::yield_now().await; // the event's answer leaves first
+        }
+        Ok(WaitResponse {
+            exit_status: ended.exit.status,
+            exited_at_unix_ns: ended.exit.at_unix_ns,
+            stdout_bytes: ended.stdout_bytes,
+            stderr_bytes: ended.stderr_bytes,
+            ..Default::default()
+        })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
+        check_process(&request.container_id, &request.exec_id)?;
+        let number = i32::try_from(request.signal)
+            .ok()
+            .filter(|_| request.signal <= SIGNAL_MAX);
+        let Some(number) = number else {
+            return Err(status(
+                Code::INVALID_ARGUMENT,
+                format_args!("Signal {}: 0 to {SIGNAL_MAX} are allowed", request.signal),
+            ));
+        };
+        let found = self
+            .0
+            .containers
+            .process(&request.container_id, &request.exec_id);
+        let (container, process) = found.map_err(container_error)?;
+        let sent = if request.all {
+            container.signal_all(number)
+        } else {
+            process.signal(number)
+        };
+        sent.map_err(container_error)?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
+        check_process(&request.container_id, &request.exec_id)?;
+        let found = self
+            .0
+            .containers
+            .process(&request.container_id, &request.exec_id);
+        let (_, process) = found.map_err(container_error)?;
+        let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        let resized = process.resize(size(request.width), size(request.height));
+        resized.map_err(container_error)?;
+        Ok(Empty::new())
+    }
+
+    async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
+        check_process(&request.container_id, &request.exec_id)?;
+        let found = self
+            .0
+            .containers
+            .process(&request.container_id, &request.exec_id);
+        found.map_err(container_error)?.1.streams().close_stdin();
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<PidsResponse> {
+        check_id("container", &request.container_id)?;
+        let container = self
+            .0
+            .containers
+            .get(&request.container_id)
+            .map_err(container_error)?;
+        let mut response = PidsResponse::new();
+        for (pid, exec_id) in container.pids().map_err(container_error)? {
+            response.processes.push(Process {
+                pid: pid.unsigned_abs(),
+                exec_id,
+                ..Default::default()
+            });
+        }
+        Ok(response)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        check_id("container", &request.container_id)?;
+        let container = self
+            .0
+            .containers
+            .get(&request.container_id)
+            .map_err(container_error)?;
+        to_the_end(async move {
+            container.pause().await.map_err(container_error)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        check_id("container", &request.container_id)?;
+        let container = self
+            .0
+            .containers
+            .get(&request.container_id)
+            .map_err(container_error)?;
+        to_the_end(async move {
+            container.resume().await.map_err(container_error)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<Empty> {
+        check_id("container", &request.container_id)?;
+        let container = self
+            .0
+            .containers
+            .get(&request.container_id)
+            .map_err(container_error)?;
+        let resources: LinuxResources =
+            serde_json::from_slice(&request.resources).map_err(|e| {
+                status(
+                    Code::INVALID_ARGUMENT,
+                    format_args!("Invalid resources: {e}"),
+                )
+            })?;
+        container.update(&resources).map_err(container_error)?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {
+        check_id("container", &request.container_id)?;
+        let container = self
+            .0
+            .containers
+            .get(&request.container_id)
+            .map_err(container_error)?;
+        let metrics = stats::read(container.cgroup_path())
+            .write_to_bytes()
+            .map_err(|e| status(Code::INTERNAL, e))?;
+        Ok(StatsResponse {
+            metrics,
+            ..Default::default()
+        })
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: Empty) -> Result<Event> {
+        let mut events = self.0.events.lock().await;
+        let container_id = events.recv().await;
+        let container_id =
+            container_id.ok_or_else(|| status(Code::UNAVAILABLE, "no more events"))?;
+        Ok(Event {
+            kind: Some(event::Kind::Oom(Oom {
+                container_id,
+                ..Default::default()
+            })),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        self.0.containers.kill_all();
+        sandbox::sync();
+        tokio::spawn(async {
+            tokio::time::sleep(FAREWELL).await;
+            sandbox::power_off()
+        });
+        Ok(Empty::new())
+    }
+}

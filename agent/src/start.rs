@@ -1,0 +1,205 @@
+//! The agent's run: one thread, one connection to the shim over which requests come, one listener for
+//! streams. The transport is the caller's choice; the guest's is vsock.
+
+use std::io;
+use std::time::Duration;
+
+use futures::stream;
+use nix::sys::sysinfo::sysinfo;
+use nix::time::{ClockId, clock_gettime};
+use sealpod_protocol::agent::HelloResponse;
+use sealpod_protocol::agent_ttrpc::create_agent;
+use sealpod_protocol::{AGENT_PORT, PROTOCOL_VERSION, STREAM_PORT};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use crate::io::{Connection, accept};
+use crate::log;
+use crate::reaper::Reaper;
+use crate::service::Service;
+
+/// Most stream connections at once.
+const STREAMS_MAX: usize = 4096;
+/// Pause after a listener's failure (no descriptors left), so that it does not spin.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// When the agent began, and when it was ready.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Timeline {
+    /// CLOCK_BOOTTIME, ns.
+    pub began_ns: u64,
+    /// See above.
+    pub ready_ns: u64,
+}
+
+/// CLOCK_BOOTTIME, ns.
+#[must_use]
+pub fn boot_time_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME);
+    now.map_or(0, |t| {
+        (t.tv_sec() * 1_000_000_000 + t.tv_nsec()).unsigned_abs()
+    })
+}
+
+impl Timeline {
+    /// What the agent says of itself and its guest.
+    #[must_use]
+    pub fn hello(&self) -> HelloResponse {
+        let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+        let pages: u64 = statm
+            .split(' ')
+            .nth(1)
+            .and_then(|p| p.parse().ok())
+            .unwrap_or_default();
+        let kernel = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned());
+        HelloResponse {
+            protocol_version: PROTOCOL_VERSION,
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel_release: kernel.unwrap_or_default(),
+            init_started_ns: self.began_ns,
+            ready_ns: self.ready_ns,
+            memory_total_bytes: sysinfo().map_or(0, |s| s.ram_total()),
+            memory_available_bytes: available(&memory),
+            agent_rss_bytes: pages * PAGE,
+            ..Default::default()
+        }
+    }
+}
+
+/// Page size of x86-64, bytes.
+const PAGE: u64 = 4096;
+
+/// `MemAvailable` of /proc/meminfo, bytes.
+fn available(meminfo: &str) -> u64 {
+    let line = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or_default() * 1024
+}
+
+/// Serves the shim over vsock until it is gone.
+///
+/// # Errors
+/// When the shim cannot be reached, or its connection ends.
+pub async fn over_vsock(began_ns: u64) -> io::Result<()> {
+    let streams = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))?;
+    let shim = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT)).await?;
+    let timeline = Timeline {
+        began_ns,
+        ready_ns: boot_time_ns(),
+    };
+    serve(shim, timeline, async || {
+        loop {
+            match streams.accept().await {
+                // Sockets of this family know no namespaces: a container may connect here too.
+                Ok((_, peer)) if peer.cid() != VMADDR_CID_HOST => {}
+                Ok((connection, _)) => return Box::new(connection) as Connection,
+                Err(e) => {
+                    log!("accept a stream: {e}");
+                    tokio::time::sleep(BACK_OFF).await;
+                }
+            }
+        }
+    })
+    .await
+}
+
+/// Serves requests on `shim` and the streams that `next_stream` yields, until `shim` ends.
+///
+/// # Errors
+/// As [`over_vsock`].
+pub async fn serve<S>(
+    shim: S,
+    timeline: Timeline,
+    mut next_stream: impl AsyncFnMut() -> Connection,
+) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
+{
+    let reaper = Reaper::default();
+    let service = Service::new(reaper.clone(), timeline);
+    let reaping = tokio::spawn(reaper.run());
+
+    let (shim, ended) = Watched::new(shim);
+    let mut server = Server::new()
+        .register_service(create_agent(std::sync::Arc::new(service.clone())))
+        .add_listener(Listener::new(stream::iter([Ok(shim)])));
+    server.start().await.map_err(io::Error::other)?;
+
+    let places = std::sync::Arc::new(Semaphore::new(STREAMS_MAX));
+    let streams = async {
+        loop {
+            let connection = next_stream().await;
+            // One too many is closed at once.
+            if let Ok(place) = places.clone().try_acquire_owned() {
+                let service = service.clone();
+                tokio::spawn(async move {
+                    accept(connection, &service).await;
+                    drop(place);
+                });
+            }
+        }
+    };
+    tokio::select! {
+        () = streams => Ok(()),
+        _ = ended => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the shim is gone")),
+        failed = reaping => Err(io::Error::other(format!("reaper: {failed:?}"))),
+    }
+}
+
+use watched::Watched;
+
+/// A connection that tells when it is dropped, which is what the server does at its end.
+mod watched {
+    use std::io;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+    use tokio::sync::oneshot;
+
+    pub(super) struct Watched<S>(
+        S,
+        #[expect(dead_code, reason = "its drop is the message")] oneshot::Sender<()>,
+    );
+
+    impl<S> Watched<S> {
+        pub(super) fn new(stream: S) -> (Self, oneshot::Receiver<()>) {
+            let (alive, ended) = oneshot::channel();
+            (Self(stream, alive), ended)
+        }
+    }
+
+    impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, buf)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+}
