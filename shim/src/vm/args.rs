@@ -49,12 +49,16 @@ pub(super) struct Layout<'a> {
 }
 
 /// The kernel's command line: what this machine needs, then what was asked for.
-pub(super) fn cmdline(accelerator: Accelerator, params: &[String]) -> String {
+pub(super) fn cmdline(accelerator: Accelerator, hotplug: bool, params: &[String]) -> String {
     // reboot=t: a triple fault ends QEMU at once, whatever devices there are.
     let mut words = vec!["console=ttyS0", "quiet", "reboot=t"];
     if accelerator == Accelerator::Tcg {
         // A translator has none of the processor's leaks, and pays for every barrier.
         words.push("mitigations=off");
+    }
+    if hotplug {
+        // ACPI hands hot-plug over to kernels with link power management only, which a guest has not.
+        words.push("pcie_ports=native");
     }
     words.extend(params.iter().map(String::as_str));
     words.join(" ")
@@ -284,7 +288,7 @@ mod tests {
     #[test]
     fn mitigations_are_off_under_a_translator_only() {
         let params = ["sealpod.x=1".to_owned()];
-        assert!(cmdline(Accelerator::Tcg, &params).ends_with("mitigations=off sealpod.x=1"));
-        assert!(!cmdline(Accelerator::Kvm, &params).contains("mitigations"));
+        assert!(cmdline(Accelerator::Tcg, false, &params).ends_with("mitigations=off sealpod.x=1"));
+        assert!(!cmdline(Accelerator::Kvm, true, &params).contains("mitigations"));
     }
 }

@@ -52,7 +52,11 @@ pub struct Qemu;
 #[async_trait]
 impl Driver for Qemu {
     async fn start(&self, config: VmConfig, ledger: &Ledger) -> Result<Arc<dyn Vm>, VmError> {
-        let cmdline = args::cmdline(config.accelerator, &config.kernel_params);
+        let cmdline = args::cmdline(
+            config.accelerator,
+            config.hotplug_ports > 0,
+            &config.kernel_params,
+        );
         check(&config, &cmdline)?;
         let (monitor, monitor_end) = pair(&config.dir)?;
         let (console, console_end) = pair(&config.dir)?;
