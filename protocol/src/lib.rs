@@ -53,6 +53,7 @@ mod generated {
 
 pub use generated::agent;
 pub use generated::agent_ttrpc;
+pub use generated::cri;
 
 #[cfg(test)]
 mod tests {

@@ -182,7 +182,7 @@ fn vm_config(
         .map_err(|e| failed(&e))?;
     Ok(vm::VmConfig {
         dir: pod.identity.place.dir().to_owned(),
-        program: find_program(&hypervisor.qemu)?,
+        program: vm::find_program(&hypervisor.qemu).map_err(|e| failed(&e))?,
         kernel: hypervisor.kernel.clone(),
         initramfs: hypervisor.initramfs.clone(),
         kernel_params: plan.kernel_params.clone(),
@@ -205,23 +205,6 @@ pub(super) fn nic(tap: TapNic) -> vm::Nic {
         mac: tap.mac,
         mtu: tap.mtu.unwrap_or(DEFAULT_MTU),
     }
-}
-
-/// An absolute path as it is; a name is looked for in PATH.
-fn find_program(program: &Path) -> Result<PathBuf> {
-    if program.is_absolute() {
-        return Ok(program.to_owned());
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path)
-        .map(|dir| dir.join(program))
-        .find(|p| p.is_file());
-    found.ok_or_else(|| {
-        Error::new(
-            Kind::Unknown,
-            format!("{program:?} is not in PATH ({path:?}); hypervisor.qemu of the configuration names it"),
-        )
-    })
 }
 
 async fn netns(request: &BootRequest) -> Result<PodNetns> {

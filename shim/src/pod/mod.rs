@@ -8,6 +8,7 @@
 
 mod boot;
 mod machine;
+mod sandbox;
 mod timeline;
 
 use std::{
@@ -18,6 +19,7 @@ use std::{
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::Spec;
+use sealpod_protocol::cri::PodSandboxConfig;
 use tokio::sync::watch;
 
 use crate::{
@@ -62,6 +64,8 @@ pub struct SandboxRequest {
     pub annotations: HashMap<String, String>,
     /// Configuration file that the runtime's options name.
     pub config: Option<String>,
+    /// What the CRI says of the pod.
+    pub pod: Option<PodSandboxConfig>,
 }
 
 /// What the Sandbox service is told of the pod.
@@ -309,19 +313,7 @@ impl Pod {
         let request = lock(&self.sandbox).clone();
         let request = request
             .ok_or_else(|| Error::not_found(format!("sandbox {:?} not found", self.id())))?;
-        let spec = if request.bundle.join("config.json").exists() {
-            spec::load(&request.bundle).ok()
-        } else {
-            None
-        };
-        let mut annotations = spec.as_ref().map(spec::annotations).unwrap_or_default();
-        annotations.extend(request.annotations);
-        let boot = BootRequest {
-            config: request.config,
-            netns: request.netns,
-            annotations,
-            spec,
-        };
+        let boot = sandbox::boot_request(self.id(), request)?;
         self.boot(boot).await?;
         self.connect_network().await?;
         Ok((

@@ -5,10 +5,15 @@ use containerd_shim_protos::{
     types::task::Status as TaskStatus,
 };
 
+use protobuf::Message;
+use sealpod_protocol::cri::PodSandboxConfig;
+
 use crate::{container::Status, error::Error};
 
 /// Types of runtime options that carry a configuration path (fields: type_url = 1, config_path = 2).
 const OPTIONS_TYPE: &str = "runtimeoptions.v1.Options";
+/// Type of a sandbox's options when the CRI leaves pods to their shim.
+const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// Field number of `config_path`, as a length-delimited tag.
 const CONFIG_PATH_TAG: u32 = (2 << 3) | 2;
 
@@ -34,6 +39,20 @@ pub(crate) fn config_path(options: Option<&Any>) -> Result<Option<String>, Error
         Ok(path.filter(|p| !p.is_empty()))
     };
     parse().map_err(|e| Error::invalid(format!("Runtime options are not {OPTIONS_TYPE}: {e}")))
+}
+
+/// What the CRI says of a pod, where the options are its pod configuration.
+///
+/// # Errors
+/// Options that are not what their type says.
+pub(super) fn pod_config(options: Option<&Any>) -> Result<Option<PodSandboxConfig>, Error> {
+    let Some(options) = options.filter(|o| o.type_url.ends_with(POD_CONFIG_TYPE)) else {
+        return Ok(None);
+    };
+    let parsed = PodSandboxConfig::parse_from_bytes(&options.value);
+    let parsed = parsed
+        .map_err(|e| Error::invalid(format!("Sandbox options are not {POD_CONFIG_TYPE}: {e}")))?;
+    Ok(Some(parsed))
 }
 
 pub(super) fn status(status: Status) -> TaskStatus {

@@ -59,6 +59,7 @@ impl Sandbox for SandboxService {
             netns: (!r.netns_path.is_empty()).then(|| r.netns_path.into()),
             annotations: r.annotations,
             config: convert::config_path(r.options.as_ref())?,
+            pod: convert::pod_config(r.options.as_ref())?,
         };
         self.pod.create_sandbox(request)?;
         Ok(CreateSandboxResponse::new())

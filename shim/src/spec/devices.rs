@@ -55,7 +55,7 @@ pub(super) fn take(spec: &mut Spec) -> Result<(Vec<BlockDevice>, bool), Error> {
         let mine = |r: &&oci_spec::runtime::LinuxDeviceCgroup| {
             r.major() == Some(d.major()) && r.minor() == Some(d.minor()) && r.allow()
         };
-        let rule = rules.iter().filter(mine).next_back();
+        let rule = rules.iter().rfind(mine);
         rule.and_then(|r| r.access().clone())
             .is_none_or(|a| a.contains('w'))
     };

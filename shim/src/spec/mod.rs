@@ -121,6 +121,11 @@ pub fn role(annotations: &HashMap<String, String>) -> Result<Role, Error> {
     }
 }
 
+/// Marks annotations as a sandbox's, for a pod whose sandbox has no container.
+pub fn mark_sandbox(annotations: &mut HashMap<String, String>) {
+    annotations.insert(CONTAINER_TYPE.into(), "sandbox".into());
+}
+
 /// Reads `<bundle>/config.json`.
 ///
 /// # Errors
