@@ -13,7 +13,10 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::check_kernel_param;
+use crate::{
+    config::check_kernel_param,
+    vm::{MEMORY_MAX_MIB, VCPUS_MAX},
+};
 
 /// Every annotation with this prefix is ours.
 const PREFIX: &str = "io.sealpod.";
@@ -178,8 +181,8 @@ fn set(wishes: &mut Wishes, name: Name, value: &str) -> Result<(), String> {
     };
     match name {
         // In range, so nothing is cut off.
-        Name::Vcpus => wishes.vcpus = Some(number(1, 255)? as u32),
-        Name::MemoryMib => wishes.memory_mib = Some(number(16, 1 << 24)?),
+        Name::Vcpus => wishes.vcpus = Some(number(1, VCPUS_MAX.into())? as u32),
+        Name::MemoryMib => wishes.memory_mib = Some(number(16, MEMORY_MAX_MIB)?),
         Name::KernelParams => {
             for word in value.split_ascii_whitespace() {
                 check_kernel_param(word)?;

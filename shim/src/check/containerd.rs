@@ -8,7 +8,8 @@ use std::{
 
 use toml::{Table, Value};
 
-use super::{Finding, find_program, version};
+use super::{Finding, version};
+use crate::vm::find_program;
 
 /// What containerd calls us.
 const RUNTIME_TYPE: &str = "io.containerd.sealpod.v2";
@@ -30,8 +31,8 @@ const CRI_PLUGINS: [&str; 3] = [
 pub(super) fn shim_in_path() -> Finding {
     let name = "shim";
     match find_program(Path::new(SHIM)) {
-        Some(path) => Finding::ok(name, path.display().to_string()),
-        None => Finding::warn(
+        Ok(path) => Finding::ok(name, path.display().to_string()),
+        Err(_) => Finding::warn(
             name,
             format!("{SHIM} is not in this shell's PATH"),
             "`make install`; containerd looks for it in its own PATH",
@@ -40,7 +41,7 @@ pub(super) fn shim_in_path() -> Finding {
 }
 
 pub(super) fn check(config: Option<&Path>) -> Vec<Finding> {
-    let program = find_program(Path::new("containerd"));
+    let program = find_program(Path::new("containerd")).ok();
     let installed = match program.as_deref().map(|p| (p, version(p))) {
         Some((_, Some(version))) => Finding::ok("containerd", version),
         Some((path, None)) => Finding::warn(

@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
-use super::{Finding, chain, find_program, version};
+use super::{Finding, chain, version};
 use crate::{
     config::{Accelerator, Config, Hypervisor},
     network::{self, portforward::PortForward},
-    vm::probe,
+    vm::{check_initramfs, check_kernel, find_program, probe},
 };
 
 /// QEMU's oldest major version that is known to work.
@@ -39,7 +39,7 @@ pub(super) fn kvm(config: &Config) -> Finding {
 pub(super) fn qemu(config: &Hypervisor) -> Finding {
     let name = "QEMU";
     let fix = "install it (Debian: apt install -t bookworm-backports qemu-system-x86), or set hypervisor.qemu";
-    let Some(path) = find_program(&config.qemu) else {
+    let Ok(path) = find_program(&config.qemu) else {
         return Finding::missing(name, format!("{} not found", config.qemu.display()), fix);
     };
     let Some(text) = version(&path) else {
@@ -60,16 +60,40 @@ pub(super) fn qemu(config: &Hypervisor) -> Finding {
     }
 }
 
+pub(super) fn kernel(path: &Path) -> Finding {
+    image("guest kernel", path, "hypervisor.kernel", check_kernel)
+}
+
+pub(super) fn initramfs(path: &Path) -> Finding {
+    image("initramfs", path, "hypervisor.initramfs", check_initramfs)
+}
+
+fn image<E: std::error::Error>(
+    name: &'static str,
+    path: &Path,
+    key: &str,
+    check: fn(&Path) -> Result<(), E>,
+) -> Finding {
+    match check(path) {
+        Ok(()) => Finding::ok(name, path.display().to_string()),
+        Err(e) => {
+            let fix =
+                format!("`make build` makes it, `make install` puts it in place; or set {key}");
+            Finding::missing(name, chain(&e), fix)
+        }
+    }
+}
+
 pub(super) fn virtiofsd(path: &Path) -> Finding {
     let name = "virtiofsd";
     match find_program(path).map(|p| version(&p)) {
-        Some(Some(version)) => Finding::ok(name, format!("{version}, {}", path.display())),
-        Some(None) => Finding::missing(
+        Ok(Some(version)) => Finding::ok(name, format!("{version}, {}", path.display())),
+        Ok(None) => Finding::missing(
             name,
             format!("{} does not run", path.display()),
             "build it again: shim/get-virtiofsd.sh",
         ),
-        None => Finding::missing(
+        Err(_) => Finding::missing(
             name,
             format!("{} not found", path.display()),
             "`make install` puts it in place, or set hypervisor.virtiofsd",

@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigError, DEFAULT_PATH, PATH_VARIABLE, load};
 
-use crate::annotations::Name;
+use crate::{
+    annotations::Name,
+    vm::{MEMORY_MAX_MIB, VCPUS_MAX},
+};
 
 /// The whole configuration, validated.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -167,8 +170,6 @@ pub const STATE_DIR_MAX: usize = 60;
 const DEFAULT_USER: NonZeroU32 = NonZeroU32::new(64_777).expect("not 0");
 /// Most hot-plug ports; each costs boot time.
 const HOTPLUG_PORTS_MAX: u32 = 16;
-/// Most vCPUs that may be configured.
-const VCPUS_MAX: u32 = 255;
 /// Least memory for a workload that may be configured, MiB.
 const MEMORY_MIN_MIB: u64 = 16;
 
@@ -300,9 +301,9 @@ impl Config {
             "sizing.default_memory_mib",
             s.default_memory_mib,
             MEMORY_MIN_MIB,
-            1 << 24,
+            MEMORY_MAX_MIB,
         )?;
-        range("sizing.max_memory_mib", s.max_memory_mib, 0, 1 << 24)?;
+        range("sizing.max_memory_mib", s.max_memory_mib, 0, MEMORY_MAX_MIB)?;
         range(
             "sizing.overhead_memory_mib",
             s.overhead_memory_mib,
