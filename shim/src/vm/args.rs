@@ -125,8 +125,10 @@ pub(super) fn build(vm: &Layout<'_>) -> Vec<OsString> {
     args.device("vhost-user-vsock-pci", "vsock0", &[("chardev", "vsock")]);
     if let Some(share) = vm.share {
         args.socket("share", share);
+        let device = Value::new("vhost-user-fs-pci").with("id", "share0");
         let tag = ("tag", sealpod_protocol::SHARE_TAG);
-        args.device("vhost-user-fs-pci", "share0", &[("chardev", "share"), tag]);
+        // It has no legacy interface to disable.
+        args.pair("-device", device.with_all(&[("chardev", "share"), tag]));
     }
     for (index, nic) in vm.nics.iter().enumerate() {
         let net = format!("net{index}");

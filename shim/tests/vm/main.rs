@@ -1,8 +1,9 @@
-//! The QEMU driver with real VMs. Skips, loudly, where root, QEMU, the guest's kernel or a static
+//! The QEMU driver with real VMs, and the share that virtiofsd serves to them. Skips, loudly, where root, QEMU, the guest's kernel or a static
 //! busybox (for the guests that do something) is missing.
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 mod bench;
+mod share;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -59,7 +60,8 @@ async fn a_panic_is_the_reason_and_its_line_is_told() {
 #[tokio::test]
 async fn what_no_vm_can_have_is_refused_by_name_and_nothing_is_taken() {
     let Some(bench) = Bench::new() else { return };
-    let wrong: [(&str, fn(&mut VmConfig)); 8] = [
+    type Spoil = fn(&mut VmConfig);
+    let wrong: [(&str, Spoil); 8] = [
         ("/nonexistent/vmlinux", |c| {
             c.kernel = "/nonexistent/vmlinux".into()
         }),
