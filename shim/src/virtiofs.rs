@@ -178,6 +178,8 @@ fn args(listener: i32) -> Vec<String> {
         // Each mount is a file system of its own in the guest: inode numbers do not collide.
         "--announce-submounts".into(),
         "--xattr".into(),
+        // As on the file system below. Costs one request for each file of another owner.
+        "--posix-acl=auto".into(),
         // Handles would need CAP_DAC_READ_SEARCH, which reaches every file of the host.
         "--inode-file-handles=never".into(),
         format!("--thread-pool-size={THREADS}"),

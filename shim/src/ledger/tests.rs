@@ -194,3 +194,72 @@ fn a_volume_still_mounted_in_the_folder_survives_and_a_recorded_mount_goes() {
     .join()
     .unwrap();
 }
+
+/// Needs root and the `ip` and `tc` programs; the namespace is that of a process made for it.
+#[test]
+fn a_qdisc_and_a_link_in_another_namespace_are_removed() {
+    let have = |program: &str| Command::new(program).arg("-V").output().is_ok();
+    if !rustix::process::geteuid().is_root() || !have("ip") || !have("tc") {
+        eprintln!("SKIPPED: needs root, ip and tc");
+        return;
+    }
+    let (_base, dir) = pod();
+    let ledger = Ledger::open(&dir).unwrap();
+    let script = "ip link add spare type veth peer name other && \
+        ip link add eth0 type veth peer name eth1 && \
+        tc qdisc add dev eth0 ingress && echo ready && exec sleep 1000";
+    let mut holder = Command::new("unshare")
+        .args(["--net", "sh", "-c", script])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = [0u8; 5];
+    holder
+        .stdout
+        .take()
+        .unwrap()
+        .read_exact(&mut ready)
+        .unwrap();
+    let netns = PathBuf::from(format!("/proc/{}/ns/net", holder.id()));
+    let state = || {
+        let target = format!("--net={}", netns.display());
+        let show = "ip -o link; tc qdisc show dev eth0";
+        let out = Command::new("nsenter")
+            .args([&target, "sh", "-c", show])
+            .output();
+        String::from_utf8(out.unwrap().stdout).unwrap()
+    };
+    assert!(state().contains("spare") && state().contains("ingress"));
+    let link = |name: &str| Resource::Link {
+        netns: netns.clone(),
+        name: name.into(),
+    };
+    for resource in [
+        link("spare"),
+        link("gone"),
+        Resource::Qdisc {
+            netns: netns.clone(),
+            ifname: "eth0".into(),
+        },
+        Resource::Qdisc {
+            netns: netns.clone(),
+            ifname: "lo".into(),
+        },
+        Resource::Link {
+            netns: "/nonexistent".into(),
+            name: "eth0".into(),
+        },
+    ] {
+        ledger.record(resource).unwrap();
+    }
+    let report = clean(&dir);
+    assert!(report.is_clean(), "{report:?}");
+    let after = state();
+    assert!(
+        !after.contains("spare") && !after.contains("ingress"),
+        "{after}"
+    );
+    assert!(after.contains("eth0"), "{after}");
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
