@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 
 /// Address of the bridge, which is the "host" to pods.
 pub const HOST: &str = "10.88.0.1";
+/// Its name; it stays when the last pod has gone.
+pub const BRIDGE: &str = "sptest0";
 
 /// Writes the configuration folder that containerd's CRI plugin and `ctr --cni` read.
 ///
@@ -19,7 +21,7 @@ pub fn write_config(dir: &Path) -> Result<()> {
         "name": "sealpod-test",
         "plugins": [{
             "type": "bridge",
-            "bridge": "sptest0",
+            "bridge": BRIDGE,
             "isGateway": true,
             "hairpinMode": true,
             "ipam": {

@@ -30,6 +30,15 @@ impl Version {
     /// Every one.
     pub const ALL: [Self; 4] = [Self::V1_6, Self::V1_7, Self::V2_1, Self::V2_1Sandbox];
 
+    /// The one that `1.6`, `1.7` or `2.1` names.
+    ///
+    /// # Errors
+    /// For anything else.
+    pub fn parse(number: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|v| v.number() == number);
+        found.with_context(|| format!("Unknown containerd version {number}: 1.6, 1.7 or 2.1"))
+    }
+
     /// As in the name of the unpacked package: `1.6`.
     #[must_use]
     pub fn number(self) -> &'static str {

@@ -9,7 +9,10 @@ use k8s_cri::v1::{
     runtime_service_client::RuntimeServiceClient,
 };
 use tokio::runtime::Runtime;
-use tonic::{Response, Status, transport::Channel};
+use tonic::{
+    Response, Status,
+    transport::{Channel, Endpoint},
+};
 
 use crate::{Env, image, wait};
 
@@ -52,7 +55,7 @@ impl Cri {
             .build()?;
         let address = format!("unix:{}", env.containerd.address().display());
         let channel = tokio.block_on(async {
-            Channel::from_shared(address)?
+            Endpoint::from_shared(address)?
                 .connect()
                 .await
                 .context("CRI")

@@ -96,6 +96,44 @@ impl Env {
         self.ctr(&args)
     }
 
+    /// Runs a container whose specification is a file, made of what `ctr` itself would ask for after
+    /// `change`; its root is a plain folder with busybox.
+    ///
+    /// # Panics
+    /// Where the specification cannot be had.
+    pub fn ctr_run_spec(&self, change: impl FnOnce(&mut serde_json::Value)) -> Done {
+        let (plain, runtime) = (self.id("plain"), assets::runtime());
+        let _ = self
+            .ctr(&[
+                "container",
+                "create",
+                "--runtime",
+                &runtime,
+                BUSYBOX,
+                &plain,
+                "true",
+            ])
+            .ok();
+        let info = self.ctr(&["container", "info", &plain]).ok().stdout;
+        let info: serde_json::Value = serde_json::from_str(&info).expect("JSON of ctr");
+        let _ = self.ctr(&["container", "delete", &plain]).ok();
+        let mut spec = info["Spec"].clone();
+        let root = self.folder().join("rootfs");
+        if !root.exists() {
+            crate::image::busybox_folder(&root).expect("root");
+        }
+        spec["root"] = serde_json::json!({ "path": root });
+        let id = self.id("spec");
+        spec["linux"]["cgroupsPath"] = format!("/{NAMESPACE}/{id}").into();
+        change(&mut spec);
+        let file = self.folder().join("spec.json");
+        std::fs::write(&file, spec.to_string()).expect("spec.json");
+        let file = file.to_string_lossy();
+        let done = self.ctr(&["run", "--rm", "--runtime", &runtime, "--config", &file, &id]);
+        self.ctr_remove(&id);
+        done
+    }
+
     /// A container's status by `ctr task ls`, or `None`.
     #[must_use]
     pub fn ctr_status(&self, id: &str) -> Option<String> {

@@ -28,10 +28,6 @@ impl<'a> Docker<'a> {
         std::fs::write(&daemon_json, "{}")?;
         let log = std::fs::File::create(folder.join("log"))?;
         let mut command = env.command("dockerd");
-        // The client's time limit is not the daemon's.
-        let mut daemon = std::process::Command::new("dockerd");
-        daemon.envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
-        command = daemon;
         command
             .arg("--config-file")
             .arg(&daemon_json)

@@ -3,7 +3,6 @@
 
 use std::{
     ffi::OsStr,
-    io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -199,31 +198,19 @@ impl Env {
     /// A command that will live in the environment once it is spawned inside [`Namespaces::enter`].
     #[must_use]
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("timeout");
+        // Looked up here: spawning searches the PATH of the test itself.
+        let path = self.containerd.path_variable();
+        let program = Path::new(program.as_ref());
+        let found = path
+            .split(':')
+            .map(|dir| Path::new(dir).join(program))
+            .find(|p| p.exists());
+        let mut command = Command::new(found.as_deref().unwrap_or(program));
         command
-            .args(["-k", "2", &CLIENT_SECONDS.to_string()])
-            .arg(program)
-            .env("PATH", self.containerd.path_variable())
+            .env("PATH", path)
             .env("CONTAINERD_ADDRESS", self.containerd.address())
             .current_dir(self.folder());
         command
-    }
-
-    /// Runs a command to its end, input from `stdin`.
-    ///
-    /// # Panics
-    /// Where it cannot be started.
-    pub fn run_with_input(&self, program: &str, args: &[&str], stdin: &[u8]) -> Done {
-        let mut child = self.spawn(program, args);
-        let mut pipe = child.stdin.take().expect("a pipe");
-        let output = std::thread::scope(|scope| {
-            scope.spawn(move || {
-                // A client that does not read its input ends all the same.
-                let _ = pipe.write_all(stdin);
-            });
-            child.wait_with_output()
-        });
-        output.expect("output of the client").into()
     }
 
     /// Runs a command to its end, no input.
@@ -231,15 +218,18 @@ impl Env {
     /// # Panics
     /// Where it cannot be started.
     pub fn run(&self, program: &str, args: &[&str]) -> Done {
-        let mut command = self.command(program);
-        command.args(args).stdin(Stdio::null());
+        let mut command = self.command("timeout");
+        command
+            .args(["-k", "2", &CLIENT_SECONDS.to_string(), program])
+            .args(args);
+        command.stdin(Stdio::null());
         self.namespaces
             .enter(|| command.output())
             .expect(program)
             .into()
     }
 
-    /// Starts a command with all three standard streams piped.
+    /// Starts a command with all three standard streams piped and no time limit.
     ///
     /// # Panics
     /// Where it cannot be started.

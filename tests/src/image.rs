@@ -57,6 +57,20 @@ pub fn busybox() -> Result<PathBuf> {
     })
 }
 
+/// The files of [`BUSYBOX`] as a folder, for containers without an image.
+///
+/// # Errors
+/// As [`busybox`].
+pub fn busybox_folder(dir: &Path) -> Result<()> {
+    let image = Image {
+        reference: BUSYBOX,
+        items: busybox_items()?,
+        config: Value::Null,
+    };
+    let layer = layer(&image)?;
+    Ok(tar::Archive::new(layer.as_slice()).unpack(dir)?)
+}
+
 /// The archive of [`PAUSE`].
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::Env;
+use crate::{Env, cni};
 
 /// Kept between pods on purpose: what the node learned about its KVM, and iptables' lock.
 const KEPT: [&str; 2] = ["/run/sealpod/kvm-probe.json", "/run/xtables.lock"];
@@ -24,7 +24,10 @@ impl Snapshot {
     pub fn take(env: &Env) -> Self {
         let mut items = BTreeSet::new();
         for process in env.namespaces.processes() {
-            items.insert(format!("process {} {}", process.pid, process.command));
+            // containerd itself may have been started again.
+            if !process.command.contains("/containerd --config ") {
+                items.insert(format!("process {} {}", process.pid, process.command));
+            }
         }
         for mount in env.namespaces.mounts() {
             items.insert(format!("mount {mount}"));
@@ -102,7 +105,11 @@ fn links(env: &Env) -> Vec<String> {
     }
     for line in env.run("ip", &["-o", "link"]).stdout.lines() {
         let name = line.split(": ").nth(1).unwrap_or(line);
-        all.push(name.split('@').next().unwrap_or(name).to_owned());
+        let name = name.split('@').next().unwrap_or(name);
+        // The plugin keeps its bridge for the next pod.
+        if name != cni::BRIDGE {
+            all.push(name.to_owned());
+        }
     }
     all
 }

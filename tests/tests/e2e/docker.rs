@@ -18,19 +18,19 @@ fn docker_run_and_exec_work() {
 
     let started = docker
         .run(
-            &["--detach", "--name", "d", "--hostname", "inside"],
+            &["--detach", "--name", "dock", "--hostname", "inside"],
             &["sleep", "1000"],
         )
         .ok();
     assert_eq!(started.stdout.trim().len(), 64, "{}", started.text());
-    let done = docker.docker(&["exec", "d", "sh", "-c", "hostname; exit 3"]);
+    let done = docker.docker(&["exec", "dock", "sh", "-c", "hostname; exit 3"]);
     assert_eq!(
         (done.code, done.stdout.as_str()),
         (3, "inside\n"),
         "{}",
         done.text()
     );
-    let missing = docker.docker(&["exec", "d", "no-such-program"]);
+    let missing = docker.docker(&["exec", "dock", "no-such-program"]);
     assert_eq!(missing.code, 127, "{}", missing.text());
     assert!(
         missing
@@ -40,10 +40,10 @@ fn docker_run_and_exec_work() {
         missing.text()
     );
     let inspect = docker
-        .docker(&["inspect", "-f", "{{.State.Status}}", "d"])
+        .docker(&["inspect", "-f", "{{.State.Status}}", "dock"])
         .ok();
     assert_eq!(inspect.stdout.trim(), "running");
-    let _ = docker.docker(&["rm", "--force", "d"]).ok();
+    let _ = docker.docker(&["rm", "--force", "dock"]).ok();
     let missing = docker.run(&["--rm"], &["no-such-program"]);
     assert_eq!(missing.code, 127, "{}", missing.text());
 }
@@ -57,15 +57,17 @@ fn docker_volumes_limits_and_logs_work() {
     let dir = env.folder().join("volume");
     std::fs::create_dir(&dir).unwrap();
     let volume = format!("{}:/v", dir.display());
-    let options = ["--name", "d", "-v", &volume, "-m", "64m", "--cpus", "0.5"];
+    let options = [
+        "--name", "dock", "-v", &volume, "-m", "64m", "--cpus", "0.5",
+    ];
     let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; echo x > /v/x";
     let done = docker.run(&options, &["sh", "-c", script]).ok();
     assert_eq!(done.stdout, "67108864\n50000 100000\n");
     assert_eq!(std::fs::read_to_string(dir.join("x")).unwrap(), "x\n");
-    assert_eq!(docker.docker(&["logs", "d"]).ok().stdout, done.stdout);
-    let done = docker.docker(&["start", "-a", "d"]).ok();
+    assert_eq!(docker.docker(&["logs", "dock"]).ok().stdout, done.stdout);
+    let done = docker.docker(&["start", "-a", "dock"]).ok();
     assert_eq!(done.stdout, "67108864\n50000 100000\n");
-    let _ = docker.docker(&["rm", "d"]).ok();
+    let _ = docker.docker(&["rm", "dock"]).ok();
     let done = docker
         .run(
             &["--rm", "--read-only", "--user", "1000", "--cap-drop", "ALL"],

@@ -54,17 +54,6 @@ fn eight_pods_at_once_leave_nothing() {
             }
         });
         assert_eq!(ended.load(Ordering::Relaxed), 8);
-        let leaks: Vec<_> = env
-            .leaks()
-            .into_iter()
-            .filter(|l| !belongs_to_ctr_cni(l))
-            .collect();
-        assert!(leaks.is_empty(), "{version:?}: {leaks:#?}");
+        env.assert_clean();
     }
-}
-
-/// `ctr task delete` does not undo what `ctr run --cni` did on the host side: the bridge stays, and the
-/// host's end of a pair goes only with the pod's network namespace.
-fn belongs_to_ctr_cni(leak: &str) -> bool {
-    leak.starts_with("link sptest0")
 }

@@ -17,6 +17,7 @@ on_every_containerd!(
 
 mod bodies {
     use sealpod_tests::{Env, Version, assets, need};
+    use serde_json::json;
 
     fn sh(env: &Env, options: &[&str], script: &str) -> String {
         env.ctr_run(options, &env.id("a"), &["sh", "-c", script])
@@ -27,20 +28,22 @@ mod bodies {
     pub(super) fn user_environment_and_folder_are_as_asked(version: Version) {
         need!(assets::complete());
         let env = Env::new(version).unwrap();
-        let options = [
-            "--user",
-            "1000:1000",
-            "--env",
-            "COLOUR=blue two",
-            "--cwd",
-            "/www",
-        ];
-        let out = sh(
-            &env,
-            &options,
-            "id -u; id -g; echo $COLOUR; pwd; touch /root/x 2>&1",
+        let out = env.ctr_run_spec(|spec| {
+            let process = &mut spec["process"];
+            process["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [2000, 3000] });
+            process["env"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!("COLOUR=blue two"));
+            process["cwd"] = json!("/www");
+            let script = "id -u; id -g; echo $COLOUR; pwd; id -G; touch /root/x 2>&1; true";
+            process["args"] = json!(["sh", "-c", script]);
+        });
+        let out = out.ok().stdout;
+        assert!(
+            out.starts_with("1000\n1000\nblue two\n/www\n1000 2000 3000\n"),
+            "{out}"
         );
-        assert!(out.starts_with("1000\n1000\nblue two\n/www\n"), "{out}");
         assert!(out.contains("Permission denied"), "{out}");
         env.assert_clean();
     }
@@ -48,14 +51,12 @@ mod bodies {
     pub(super) fn the_host_name_is_as_asked(version: Version) {
         need!(assets::complete());
         let env = Env::new(version).unwrap();
-        assert_eq!(
-            sh(
-                &env,
-                &["--hostname", "sealed-host"],
-                "hostname; cat /proc/sys/kernel/hostname"
-            ),
-            "sealed-host\nsealed-host\n"
-        );
+        let done = env.ctr_run_spec(|spec| {
+            spec["hostname"] = json!("sealed-host");
+            let script = "hostname; cat /proc/sys/kernel/hostname";
+            spec["process"]["args"] = json!(["sh", "-c", script]);
+        });
+        assert_eq!(done.ok().stdout, "sealed-host\nsealed-host\n");
         env.assert_clean();
     }
 
