@@ -172,7 +172,6 @@ pub(super) fn protect(plan: &ContainerPlan) -> Result<(), LaunchError> {
         set(&copy, false, MOUNT_ATTR_RDONLY, 0, 0).step(what)?;
         sys::move_mount(copy.as_fd(), target.as_fd()).step(what)?;
     }
-    let mut empty = None;
     for path in &plan.masked_paths {
         let Some(target) = open_optional(path)? else {
             continue;
@@ -181,11 +180,8 @@ pub(super) fn protect(plan: &ContainerPlan) -> Result<(), LaunchError> {
         let is_folder =
             nix::sys::stat::fstat(&target).step(what)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
         let cover = if is_folder {
-            let first = match &empty {
-                Some(first) => first,
-                None => empty.insert(empty_folder()?),
-            };
-            sys::open_tree(first.as_fd(), c"", false).step(what)?
+            // One each: a mount that is not attached cannot be copied before Linux 6.15.
+            empty_folder()?
         } else {
             null_device().step(what)?
         };
