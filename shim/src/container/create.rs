@@ -223,9 +223,8 @@ fn create_failed(e: ttrpc::Error) -> Error {
     if e.kind == Kind::Unavailable {
         return e;
     }
-    let text = format!(
-        "OCI runtime create failed: unable to start container process: {}",
-        e.message
-    );
-    Error::new(Kind::Unknown, text)
+    Error::new(
+        Kind::Unknown,
+        format!("OCI runtime create failed: {}", e.message),
+    )
 }

@@ -29,8 +29,8 @@ use crate::{
     vm::{self, Driver as _},
 };
 
-/// Of a NIC whose interface is not known yet, bytes.
-const DEFAULT_MTU: u32 = 1500;
+/// Of a NIC whose interface is not known yet, bytes: it may become anything.
+const LARGEST_MTU: u32 = 65535;
 /// Size of the pod's shared memory file system where the pod says nothing: containerd's default.
 const SHM_BYTES: u64 = 64 << 20;
 /// Randomness given to a new guest.
@@ -203,7 +203,7 @@ pub(super) fn nic(tap: TapNic) -> vm::Nic {
     vm::Nic {
         tap: tap.tap,
         mac: tap.mac,
-        mtu: tap.mtu.unwrap_or(DEFAULT_MTU),
+        mtu: tap.mtu.unwrap_or(LARGEST_MTU),
     }
 }
 
