@@ -55,6 +55,10 @@ pub(super) fn cmdline(accelerator: Accelerator, hotplug: bool, params: &[String]
     if accelerator == Accelerator::Tcg {
         // A translator has none of the processor's leaks, and pays for every barrier.
         words.push("mitigations=off");
+        // virtiofsd writes file pages into guest memory behind the translator's back: a page that held
+        // code keeps its old translation when it is used again, and the program that is read into it
+        // crashes. The kernel clearing each page it hands out is a write that the translator sees.
+        words.push("init_on_alloc=1");
     }
     if hotplug {
         // ACPI hands hot-plug over to kernels with link power management only, which a guest has not.
@@ -290,7 +294,8 @@ mod tests {
     #[test]
     fn mitigations_are_off_under_a_translator_only() {
         let params = ["sealpod.x=1".to_owned()];
-        assert!(cmdline(Accelerator::Tcg, false, &params).ends_with("mitigations=off sealpod.x=1"));
+        assert!(cmdline(Accelerator::Tcg, false, &params).ends_with("mitigations=off init_on_alloc=1 sealpod.x=1"));
         assert!(!cmdline(Accelerator::Kvm, true, &params).contains("mitigations"));
+        assert!(!cmdline(Accelerator::Kvm, true, &params).contains("init_on_alloc"));
     }
 }
