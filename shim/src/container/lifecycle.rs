@@ -403,7 +403,7 @@ fn exec_failed(e: ttrpc::Error) -> Error {
         return e;
     }
     let text = format!(
-        "OCI runtime exec failed: exec failed: unable to start container process: {}",
+        "OCI runtime exec failed: exec failed: {}",
         e.message
     );
     Error::new(Kind::Unknown, text)
