@@ -82,9 +82,22 @@ pub type PemBlock = (String, Vec<u8>);
 
 /// All PEM blocks of a text, in order; text between blocks is ignored (RFC 7468 section 5.2).
 pub fn pem_blocks(text: &str) -> Result<Vec<PemBlock>, EncodingError> {
+    blocks(text, false)
+}
+
+/// As [`pem_blocks`], where nothing but line ends may stand between the blocks.
+pub fn pem_blocks_only(text: &str) -> Result<Vec<PemBlock>, EncodingError> {
+    blocks(text, true)
+}
+
+fn blocks(text: &str, only: bool) -> Result<Vec<PemBlock>, EncodingError> {
+    let blank = |text: &str| !only || text.bytes().all(|b| matches!(b, b'\n' | b'\r'));
     let mut blocks = Vec::new();
     let mut rest = text;
     while let Some(start) = rest.find("-----BEGIN ") {
+        if !blank(&rest[..start]) {
+            return Err(EncodingError::Pem("text between the blocks"));
+        }
         let after = &rest[start + 11..];
         let (label, body) = after
             .split_once("-----")
@@ -95,6 +108,9 @@ pub fn pem_blocks(text: &str) -> Result<Vec<PemBlock>, EncodingError> {
             .ok_or(EncodingError::Pem("no END line of the same label"))?;
         blocks.push((label.to_owned(), unbase64(content)?));
         rest = tail;
+    }
+    if !blank(rest) {
+        return Err(EncodingError::Pem("text behind the blocks"));
     }
     Ok(blocks)
 }

@@ -14,6 +14,7 @@ pub mod der;
 pub mod encoding;
 pub mod nvidia;
 pub mod ocsp;
+pub mod reference;
 pub mod snp;
 pub mod tdx;
 pub mod time;

@@ -120,6 +120,24 @@ impl<'a> OcspResponse<'a> {
         })
     }
 
+    /// What the response says, for people.
+    pub fn describe(&self) -> Vec<serde_json::Value> {
+        let status = |s: &CertStatus| match s {
+            CertStatus::Good => "good".to_owned(),
+            CertStatus::Revoked(since) => format!("revoked since {since}"),
+            CertStatus::Unknown => "unknown".to_owned(),
+        };
+        let line = |a: &Answer<'_>| {
+            serde_json::json!({
+                "serial": crate::encoding::hex(a.serial),
+                "status": status(&a.status),
+                "this_update": a.this_update.to_string(),
+                "next_update": a.next_update.map(|t| t.to_string()),
+            })
+        };
+        self.answers.iter().map(line).collect()
+    }
+
     /// Whether one of the answers is about `certificate` of `issuer`.
     pub fn is_about(&self, certificate: &Certificate<'_>, issuer: &Certificate<'_>) -> bool {
         self.answers.iter().any(|a| a.is_about(certificate, issuer))

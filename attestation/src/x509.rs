@@ -423,6 +423,11 @@ impl<'a> Crl<'a> {
         })
     }
 
+    /// The serial numbers on the list.
+    pub fn revoked(&self) -> impl Iterator<Item = &'a [u8]> {
+        self.revoked.iter().copied()
+    }
+
     /// Checks that the CRL is `issuer`'s and current at `now`.
     ///
     /// # Errors

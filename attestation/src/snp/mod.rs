@@ -15,4 +15,4 @@ pub use report::{
 };
 pub use tcb::Tcb;
 pub use vek::{Vek, VekError};
-pub use verify::{SnpPolicy, verify};
+pub use verify::{SnpLimits, SnpPolicy, verify};

@@ -12,7 +12,7 @@ use super::tcb::{self, TcbStatus};
 use crate::anchors::{Pin, TrustAnchors};
 use crate::collateral::Collateral;
 use crate::crypto::{PublicKey, sha256};
-use crate::encoding::{hex, pem_blocks};
+use crate::encoding::{hex, pem_blocks_only};
 use crate::time::Timestamp;
 use crate::verdict::{Checks, Tee, Verdict};
 use crate::x509::{self, Certificate, ChainError, Crl, CrlError, X509Error};
@@ -190,7 +190,7 @@ fn authenticate(
     let ders = checks.result(
         "pck-format",
         "PCK certificate chain in PEM",
-        pem_blocks(quote.pck_chain),
+        pem_blocks_only(quote.pck_chain),
     )?;
     let ders: Vec<Vec<u8>> = ders.into_iter().map(|b| b.1).collect();
     let chain = checks.result(

@@ -15,6 +15,9 @@ pub(crate) enum Expect {
     Unreadable(&'static str),
 }
 
+/// Produces a verdict from the folder's files.
+pub(crate) type Run = Box<dyn Fn(&Folder) -> Result<Verdict, String>>;
+
 /// One line of the table.
 pub(crate) struct Case {
     /// Files it covers; the first one gives it its name.
@@ -24,7 +27,7 @@ pub(crate) struct Case {
     /// The expectation.
     pub(crate) expect: Expect,
     /// Produces the verdict, or the message of what could not be read.
-    pub(crate) run: Box<dyn Fn(&Folder) -> Result<Verdict, String>>,
+    pub(crate) run: Run,
 }
 
 /// The folder.

@@ -6,6 +6,8 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "test")]
 
 mod folder;
+mod mutation;
+mod nvidia;
 mod snp;
 mod tdx;
 
@@ -17,5 +19,6 @@ fn every_file_gets_its_verdict() {
     let mut cases: Vec<Case> = Vec::new();
     cases.extend(snp::cases());
     cases.extend(tdx::cases());
+    cases.extend(nvidia::cases());
     folder.run(&cases);
 }
