@@ -12,10 +12,11 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::thread::JoinHandleExt;
 use std::path::Path;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm as Device, VcpuExit};
+use kvm_ioctls::{Kvm as Device, VcpuExit, VcpuFd};
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// Instructions a second from which a KVM counts as real. Hardware does thousands of millions, in
@@ -27,7 +28,9 @@ const SHORT_ROUNDS: u32 = 10_000;
 const HOPELESS_RATE: u64 = 10_000_000;
 /// Rounds of the second loop, long enough that entry and exit do not count: 40 ms at [`REAL_RATE`].
 const LONG_ROUNDS: u32 = 1_000_000;
-/// After this long the vCPU is interrupted.
+/// How long making the VM may take: it waits for every processor of the machine.
+const SETUP_PATIENCE: Duration = Duration::from_secs(2);
+/// After running for this long the vCPU is interrupted.
 const PATIENCE: Duration = Duration::from_millis(90);
 /// And again each time this long passes: a signal may come before the vCPU is entered.
 const KICK_EVERY: Duration = Duration::from_millis(5);
@@ -94,8 +97,8 @@ struct Cache {
     found: Kvm,
 }
 
-/// The answer for this boot and kernel, from the file in `state_dir` or by probing, which takes at
-/// most 0.1 s and is then written there.
+/// The answer for this boot and kernel, from the file in `state_dir` or by [`probe`], whose answer is
+/// then written there.
 #[must_use]
 pub fn cached(state_dir: &Path) -> Kvm {
     let (boot_id, kernel) = (boot_id(), kernel_release());
@@ -161,7 +164,7 @@ fn write_cache(path: &Path, cache: &Cache) -> io::Result<()> {
     written
 }
 
-/// Measures. Blocks for at most 0.1 s (0.2 s where a vCPU cannot even be interrupted).
+/// Measures. Blocks for some 0.1 s at most, where making a VM does not take long itself.
 #[must_use]
 pub fn probe() -> Kvm {
     if !Path::new("/dev/kvm").exists() {
@@ -172,68 +175,62 @@ pub fn probe() -> Kvm {
     let vcpu = std::thread::Builder::new()
         .name("kvm-probe".into())
         .spawn(move || {
-            let _ = tell.send(measure());
+            let answer = measure(|| {
+                let _ = tell.send(Step::Running);
+            });
+            let _ = tell.send(Step::Done(answer));
         });
     let vcpu = match vcpu {
         Ok(thread) => thread,
         Err(e) => return unusable(e.to_string()),
     };
-    let answer = told.recv_timeout(PATIENCE).or_else(|_| kick(&vcpu, &told));
-    match answer {
-        Ok(Ok(rate)) if rate >= REAL_RATE => Kvm::Real { rate },
-        Ok(Ok(rate)) => Kvm::Slow { rate },
-        Ok(Err(reason)) => unusable(reason),
-        Err(_) => unusable("its vCPU did not return".into()),
+    match wait(&vcpu, &told) {
+        Some(Ok(rate)) if rate >= REAL_RATE => Kvm::Real { rate },
+        Some(Ok(rate)) => Kvm::Slow { rate },
+        Some(Err(reason)) => unusable(reason),
+        None => unusable("its vCPU did not return".into()),
     }
 }
 
 type Answer = Result<u64, String>;
 
-/// Interrupts the vCPU until its thread answers.
-fn kick(
-    vcpu: &std::thread::JoinHandle<()>,
-    told: &mpsc::Receiver<Answer>,
-) -> Result<Answer, mpsc::RecvTimeoutError> {
+/// What the vCPU's thread tells.
+enum Step {
+    /// The VM is made and its vCPU is about to run.
+    Running,
+    Done(Answer),
+}
+
+/// Waits for the answer; interrupts a vCPU that runs for too long, so that it tells how far it came.
+fn wait(vcpu: &std::thread::JoinHandle<()>, told: &mpsc::Receiver<Step>) -> Option<Answer> {
     extern "C" fn nothing(_: libc::c_int) {}
-    let signal = libc::SIGRTMIN();
-    let mut last = Err(mpsc::RecvTimeoutError::Timeout);
-    for _ in 0..KICKS_MAX {
-        // SAFETY: the handler does nothing; the thread has not been joined, so its handle is valid.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = nothing as *const () as libc::sighandler_t;
-            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
-            libc::pthread_kill(vcpu.as_pthread_t(), signal);
-        }
-        last = told.recv_timeout(KICK_EVERY);
-        if last.is_ok() {
-            break;
+    let mut patience = SETUP_PATIENCE;
+    let mut kicks = 0;
+    loop {
+        match told.recv_timeout(patience) {
+            Ok(Step::Done(answer)) => return Some(answer),
+            Ok(Step::Running) => patience = PATIENCE,
+            Err(_) if kicks == KICKS_MAX => return None,
+            Err(_) => {
+                kicks += 1;
+                patience = KICK_EVERY;
+                let signal = libc::SIGRTMIN();
+                // SAFETY: the handler does nothing; the thread was not joined: its handle is valid.
+                unsafe {
+                    let mut action: libc::sigaction = std::mem::zeroed();
+                    action.sa_sigaction = nothing as *const () as libc::sighandler_t;
+                    libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+                    libc::pthread_kill(vcpu.as_pthread_t(), signal);
+                }
+            }
         }
     }
-    last
 }
 
-fn measure() -> Answer {
-    let rate = run_loop(SHORT_ROUNDS)?;
-    if rate < HOPELESS_RATE {
-        return Ok(rate);
-    }
-    run_loop(LONG_ROUNDS)
-}
-
-#[repr(C, align(4096))]
-struct Page([u8; 4096]);
-
-/// Runs `rounds` rounds in a guest; returns instructions a second.
-fn run_loop(rounds: u32) -> Answer {
-    /// Where the page lies in the guest.
-    const ADDRESS: u64 = 0x1000;
-    let text = |what: &'static str| move |e: kvm_ioctls::Error| format!("{what}: {e}");
+fn measure(running: impl FnOnce()) -> Answer {
     let mut page = Box::new(Page([0; 4096]));
-    // mov ecx, rounds; again: dec ecx; jnz again; hlt
-    page.0[0] = 0xb9;
-    page.0[1..5].copy_from_slice(&rounds.to_le_bytes());
-    page.0[5..9].copy_from_slice(&[0x49, 0x75, 0xfd, 0xf4]);
+    // again: dec ecx; jnz again; hlt
+    page.0[..4].copy_from_slice(&[0x49, 0x75, 0xfd, 0xf4]);
     let vm = Device::new()
         .and_then(|device| device.create_vm())
         .map_err(text("KVM_CREATE_VM"))?;
@@ -247,8 +244,28 @@ fn run_loop(rounds: u32) -> Answer {
     // SAFETY: the page outlives the VM, which is dropped first, and nobody else uses it meanwhile.
     unsafe { vm.set_user_memory_region(region) }.map_err(text("KVM_SET_USER_MEMORY_REGION"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(text("KVM_CREATE_VCPU"))?;
+    protected_mode(&vcpu)?;
+    running();
+    let rate = run_loop(&mut vcpu, SHORT_ROUNDS)?;
+    if rate < HOPELESS_RATE {
+        return Ok(rate);
+    }
+    run_loop(&mut vcpu, LONG_ROUNDS)
+}
+
+#[repr(C, align(4096))]
+struct Page([u8; 4096]);
+
+/// Where the page lies in the guest.
+const ADDRESS: u64 = 0x1000;
+
+fn text(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> String {
+    move |e| format!("{what}: {e}")
+}
+
+/// Flat 32-bit protected mode: what hardware without "unrestricted guest" runs too.
+fn protected_mode(vcpu: &VcpuFd) -> Result<(), String> {
     let mut sregs = vcpu.get_sregs().map_err(text("KVM_GET_SREGS"))?;
-    // Flat 32-bit protected mode: what hardware without "unrestricted guest" runs too.
     let data = kvm_segment {
         base: 0,
         limit: u32::MAX,
@@ -267,28 +284,44 @@ fn run_loop(rounds: u32) -> Answer {
     };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.cr0 |= 1;
-    vcpu.set_sregs(&sregs).map_err(text("KVM_SET_SREGS"))?;
+    vcpu.set_sregs(&sregs).map_err(text("KVM_SET_SREGS"))
+}
+
+/// Runs at most `rounds` rounds; returns instructions a second of this thread's processor time, which
+/// other work on the machine does not count against.
+fn run_loop(vcpu: &mut VcpuFd, rounds: u32) -> Answer {
     let regs = kvm_regs {
         rip: ADDRESS,
         rflags: 2,
+        rcx: rounds.into(),
         ..Default::default()
     };
     vcpu.set_regs(&regs).map_err(text("KVM_SET_REGS"))?;
-    let start = Instant::now();
-    let exit = vcpu.run().map_err(text("KVM_RUN"))?;
-    let nanos = start.elapsed().as_nanos().max(1);
-    match exit {
-        VcpuExit::Hlt => {
-            let rate = u128::from(rounds) * 2 * 1_000_000_000 / nanos;
-            Ok(u64::try_from(rate).unwrap_or(u64::MAX))
-        }
-        other => Err(format!("a counted loop ended with {other:?}")),
-    }
+    let start = thread_nanos();
+    let ended = match vcpu.run() {
+        Ok(VcpuExit::Hlt | VcpuExit::Intr) => Ok(()),
+        Ok(other) => Err(format!("a counted loop ended with {other:?}")),
+        // The signal: how far it came tells the rate as well.
+        Err(e) if e.errno() == libc::EINTR => Ok(()),
+        Err(e) => Err(text("KVM_RUN")(e)),
+    };
+    let nanos = thread_nanos().saturating_sub(start).max(1);
+    ended?;
+    let left = vcpu.get_regs().map_err(text("KVM_GET_REGS"))?.rcx;
+    let done = u128::from(u64::from(rounds).saturating_sub(left));
+    Ok(u64::try_from(done * 2 * 1_000_000_000 / nanos).unwrap_or(u64::MAX))
+}
+
+fn thread_nanos() -> u128 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    let seconds = u128::try_from(time.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u128::try_from(time.tv_nsec).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
 
     #[test]
     fn the_probe_is_quick_and_its_answer_is_remembered() {
@@ -298,7 +331,8 @@ mod tests {
         let took = start.elapsed();
         eprintln!("KVM: {found} (took {took:?})");
         // The limit is the vCPU's; the rest is room for a busy machine.
-        assert!(took < PATIENCE + KICK_EVERY * KICKS_MAX + Duration::from_secs(1));
+        let most = SETUP_PATIENCE + PATIENCE + KICK_EVERY * KICKS_MAX;
+        assert!(took < most + Duration::from_secs(1));
         let path = dir.path().join(CACHE_FILE);
         let mut cache = read_cache(&path).unwrap();
         assert_eq!(cache.found, found);
