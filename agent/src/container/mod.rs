@@ -27,6 +27,7 @@ use std::path::{Component, Path};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use oci_spec::runtime::LinuxResources;
 use sealpod_protocol::SHARE_DIR;
 use sealpod_protocol::agent::{CreateContainerRequest, ExecRequest, PidNamespace};
@@ -42,6 +43,8 @@ use process::Making;
 const SETTLE: Duration = Duration::from_secs(10);
 /// Most containers of a pod, and most execs of a container, at once.
 const COUNT_MAX: usize = 4096;
+/// Why an exec is refused once its container's init has ended.
+const STOPPED: &str = "cannot exec in a stopped container";
 
 /// All containers of the guest.
 #[derive(Debug)]
@@ -336,9 +339,7 @@ impl Container {
     fn reserve(&self, exec_id: &str) -> Result<(), ContainerError> {
         let mut state = lock(&self.state);
         if self.init.exited().is_some() {
-            return Err(ContainerError::State(
-                "cannot exec in a stopped container".into(),
-            ));
+            return Err(ContainerError::State(STOPPED.into()));
         }
         if matches!(state.phase, Phase::Paused) {
             return Err(ContainerError::State(
@@ -375,7 +376,7 @@ impl Container {
                     let beside = self.cgroup.handle_of(self.init.pid);
                     let beside = beside.map_err(|e| LaunchError::Step {
                         what: "find the cgroup of the container's init".into(),
-                        errno: nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(libc::ESRCH)),
+                        errno: Errno::from_raw(e.raw_os_error().unwrap_or(libc::ESRCH)),
                     })?;
                     let target = JoinTarget {
                         cgroup: beside.as_fd(),
@@ -386,8 +387,22 @@ impl Container {
                 other => other,
             }
         };
-        let mut making = Making::start(reaper, declared, request.terminal, fork)?;
-        making.follow(false).await?;
+        let stopped = |error| match self.init.exited() {
+            // It ended while it was being joined.
+            Some(_) => ContainerError::State(STOPPED.into()),
+            None => error,
+        };
+        let mut making = Making::start(reaper, declared, request.terminal, |stdio| {
+            match fork(stdio) {
+                // It has ended, and is about to be collected.
+                Err(LaunchError::Step {
+                    errno: Errno::ESRCH,
+                    ..
+                }) => Err(ContainerError::State(STOPPED.into())),
+                other => Ok(other?),
+            }
+        })?;
+        making.follow(false).await.map_err(stopped)?;
         Ok(making.finish().0)
     }
 
@@ -428,7 +443,7 @@ impl Container {
         }
         for pid in pids {
             match crate::sys::kill(pid, signal) {
-                Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                Ok(()) | Err(Errno::ESRCH) => {}
                 Err(errno) => return Err(ContainerError::Signal { signal, errno }),
             }
         }

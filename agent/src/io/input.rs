@@ -23,6 +23,7 @@ pub(super) async fn feed(
 ) {
     let move_all = async {
         let mut connection = tokio::select! {
+            biased;
             connection = attach => connection.ok()?,
             _ = close.wait_for(|c| *c) => return None,
         };
@@ -36,6 +37,7 @@ pub(super) async fn feed(
                     .ok()?
             } else {
                 tokio::select! {
+                    biased;
                     count = connection.read(&mut buffer) => count,
                     _ = close.wait_for(|c| *c) => continue,
                 }
@@ -100,7 +102,7 @@ mod tests {
         assert_eq!(fed(false, true).await, b"typed");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn closing_delivers_what_was_sent_before() {
         assert_eq!(fed(true, false).await, b"typed");
     }

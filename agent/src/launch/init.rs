@@ -146,9 +146,9 @@ fn run(
             .terminal(master.as_fd())
             .step(|| "hand over the terminal".into())?;
     }
-    mounts::protect(plan)?;
     let process = &plan.process;
-    program::make_working_directory(&process.cwd)?;
+    program::make_working_directory(&process.cwd);
+    mounts::protect(plan)?;
     credentials::settle(process)?;
     let entered = program::enter_working_directory(process, credentials::PRIVILEGED)?;
     let load = |filter: &Option<seccomp::Program>| filter.as_ref().map_or(Ok(()), |f| f.load());

@@ -17,12 +17,10 @@ use crate::sys;
 /// Most that is read of a container's /etc/passwd, bytes.
 const PASSWD_MAX: u64 = 1 << 20;
 
-/// Makes the working directory of a container's init where it does not exist.
-pub(super) fn make_working_directory(path: &Path) -> Result<(), LaunchError> {
-    match std::fs::create_dir_all(path) {
-        // A read-only root, or a file in the way: entering it says what is wrong.
-        Ok(()) | Err(_) => Ok(()),
-    }
+/// Makes the working directory of a container's init where it does not exist. Best effort: entering it
+/// says what is wrong.
+pub(super) fn make_working_directory(path: &Path) {
+    let _ = std::fs::create_dir_all(path);
 }
 
 /// Enters the working directory. With `privileged` a missing permission is not an error yet, but
