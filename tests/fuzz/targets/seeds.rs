@@ -104,7 +104,9 @@ fn agent_requests() -> Vec<Vec<u8>> {
         (14, b"tcp 80\n"),
         (14, b"console\n"),
     ];
-    let encoded = encoded.into_iter().filter_map(|(n, bytes)| Some((n, bytes?)));
+    let encoded = encoded
+        .into_iter()
+        .filter_map(|(n, bytes)| Some((n, bytes?)));
     let plain = plain.into_iter().map(|(n, bytes)| (n, bytes.to_vec()));
     encoded
         .chain(plain)
@@ -159,10 +161,44 @@ fn vsock_packets() -> Vec<Vec<u8>> {
     vec![
         open.clone(),
         [&open[..], &data(100), read, write, EVENTS, TAKE, TAKE].concat(),
-        [&open[..], &data(60_000), &data(60_000), &packet(Op::Shutdown, 3), TAKE, read].concat(),
-        [&open[..], write, &[8, 1, 0], EVENTS, TAKE, TAKE, &[8, 2, 0], EVENTS, TAKE].concat(),
-        [&open[..], &packet(Op::CreditRequest, 0), TAKE, &packet(Op::Rst, 0)].concat(),
-        [&packet(Op::Request, 200)[..], TAKE, &data(5000), EVENTS, &[8, 2, 0], EVENTS, TAKE].concat(),
+        [
+            &open[..],
+            &data(60_000),
+            &data(60_000),
+            &packet(Op::Shutdown, 3),
+            TAKE,
+            read,
+        ]
+        .concat(),
+        [
+            &open[..],
+            write,
+            &[8, 1, 0],
+            EVENTS,
+            TAKE,
+            TAKE,
+            &[8, 2, 0],
+            EVENTS,
+            TAKE,
+        ]
+        .concat(),
+        [
+            &open[..],
+            &packet(Op::CreditRequest, 0),
+            TAKE,
+            &packet(Op::Rst, 0),
+        ]
+        .concat(),
+        [
+            &packet(Op::Request, 200)[..],
+            TAKE,
+            &data(5000),
+            EVENTS,
+            &[8, 2, 0],
+            EVENTS,
+            TAKE,
+        ]
+        .concat(),
         [&[3][..], &raw.encode(), &[0; 4], TAKE, EVENTS].concat(),
         [&open[..], &open, &open, &[8, 0], EVENTS, &open].concat(),
         [&[5, 200, b'C', b'O', b'N'][..], EVENTS].concat(),
