@@ -62,7 +62,7 @@ prepare_source() {
 unpack() {
 	local archive=$source.new/archive
 	cat >"$archive"
-	tar -C "$source.new" --strip-components=1 --exclude='*/Documentation' \
+	tar -C "$source.new" --strip-components=1 --exclude='*/Documentation/*/*' \
 		--exclude='*/drivers/gpu/drm/amd/include' -xf "$archive"
 	rm "$archive"
 }
