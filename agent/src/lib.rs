@@ -16,5 +16,6 @@ pub mod sandbox;
 pub mod service;
 pub mod share;
 pub mod start;
+mod status;
 pub mod sys;
 pub mod uevent;

@@ -17,15 +17,16 @@ use sealpod_protocol::streams::Stdio;
 use sealpod_protocol::{PROTOCOL_VERSION, valid_id};
 use tokio::sync::{Mutex, mpsc};
 use ttrpc::r#async::TtrpcContext;
-use ttrpc::{Code, Error, Result, get_status};
+use ttrpc::{Code, Result};
 
-use crate::cgroup::{CgroupError, oom, stats};
-use crate::container::{ContainerError, Containers};
+use crate::cgroup::{oom, stats};
+use crate::container::Containers;
 use crate::io::{Connection, Processes};
-use crate::network::{Network, NetworkError, Plan};
+use crate::network::{Network, Plan};
 use crate::reaper::Reaper;
-use crate::sandbox::{self, Sandbox, SandboxError};
+use crate::sandbox::{self, Sandbox};
 use crate::start::Timeline;
+use crate::status::{container_error, network_error, sandbox_error, status};
 
 /// Largest signal number.
 const SIGNAL_MAX: u32 = 64;
@@ -43,47 +44,6 @@ struct Inner {
     network: Mutex<Network>,
     events: Mutex<mpsc::Receiver<String>>,
     timeline: Timeline,
-}
-
-fn status(code: Code, error: impl std::fmt::Display) -> Error {
-    Error::RpcStatus(get_status(code, error))
-}
-
-fn container_error(error: ContainerError) -> Error {
-    let code = match &error {
-        ContainerError::NotFound(_) | ContainerError::Finished | ContainerError::Gone => {
-            Code::NOT_FOUND
-        }
-        ContainerError::Exists(_) => Code::ALREADY_EXISTS,
-        ContainerError::State(_) => Code::FAILED_PRECONDITION,
-        ContainerError::Argument(_) | ContainerError::Spec(_) | ContainerError::Device(_) => {
-            Code::INVALID_ARGUMENT
-        }
-        ContainerError::Cgroup(CgroupError::Invalid(_)) => Code::INVALID_ARGUMENT,
-        ContainerError::Launch(_) => Code::UNKNOWN,
-        ContainerError::Streams(_) | ContainerError::Signal { .. } | ContainerError::Cgroup(_) => {
-            Code::INTERNAL
-        }
-    };
-    status(code, error)
-}
-
-fn network_error(error: NetworkError) -> Error {
-    let code = match &error {
-        NetworkError::Plan(_) | NetworkError::NoInterface { .. } => Code::INVALID_ARGUMENT,
-        NetworkError::NoDevice { .. } => Code::NOT_FOUND,
-        NetworkError::Socket(_) | NetworkError::Step { .. } => Code::INTERNAL,
-    };
-    status(code, error)
-}
-
-fn sandbox_error(error: SandboxError) -> Error {
-    let code = match &error {
-        SandboxError::Twice => Code::FAILED_PRECONDITION,
-        SandboxError::Value(_) | SandboxError::Sysctl(_) => Code::INVALID_ARGUMENT,
-        SandboxError::Step { .. } => Code::INTERNAL,
-    };
-    status(code, error)
 }
 
 fn check_id(what: &str, id: &str) -> Result<()> {
@@ -260,11 +220,10 @@ impl Agent for Service {
 
     async fn delete_process(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
         check_process(&request.container_id, &request.exec_id)?;
-        match self.0.containers.get(&request.container_id) {
-            Ok(container) => container
-                .delete_process(&request.exec_id)
-                .map_err(container_error)?,
-            Err(_) => {} // gone with all its processes
+        // A container that is gone is gone with all its processes.
+        if let Ok(container) = self.0.containers.get(&request.container_id) {
+            let deleted = container.delete_process(&request.exec_id);
+            deleted.map_err(container_error)?;
         }
         Ok(Empty::new())
     }

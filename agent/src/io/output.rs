@@ -104,7 +104,7 @@ async fn wait_readable(source: &End, exit: &mut ExitWatch, ended: bool) {
             if let Ok(mut ready) = ready {
                 // The readiness may be an old one: asks the kernel, so that the next wait is a true
                 // one. Poll consumes nothing.
-                let _ = ready.try_io(|fd| super::streams::poll_in(fd));
+                let _ = ready.try_io(super::streams::poll_in);
             }
         }
     }

@@ -105,7 +105,9 @@ fn receive(fd: BorrowedFd<'_>) -> nix::Result<Received> {
     for control in got.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
             // Every one is adopted, so that none stays open unseen.
-            passed = fds.into_iter().map(sys::adopt).last();
+            for fd in fds.into_iter().map(sys::adopt) {
+                passed = Some(fd);
+            }
         }
     }
     Ok((got.bytes, message, passed))

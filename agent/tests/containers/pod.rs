@@ -66,11 +66,7 @@ pub(crate) async fn a_port_of_the_guest_is_reached_through_a_stream(guest: &Gues
         .agent
         .configure_network(soon(), &Network::new())
         .await?;
-    let server = spec(&[
-        "/bin/sh",
-        "-c",
-        "echo listening; nc -l -p 8080 -e cat",
-    ]);
+    let server = spec(&["/bin/sh", "-c", "echo listening; nc -l -p 8080 -e cat"]);
     guest.create(&server).await?;
     guest.start_container("c1").await?;
     let refused = guest

@@ -5,6 +5,14 @@
     reason = "raw system calls; every block states what makes it sound"
 )]
 
+mod filter;
+mod mount;
+mod terminal;
+
+pub use filter::*;
+pub use mount::*;
+pub use terminal::*;
+
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -165,153 +173,6 @@ pub fn adopt(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// openat2(2).
-pub fn openat2(
-    dir: BorrowedFd<'_>,
-    path: &CStr,
-    flags: libc::c_int,
-    resolve: u64,
-) -> Result<OwnedFd> {
-    // SAFETY: all zeroes is a valid open_how.
-    let mut how: libc::open_how = unsafe { std::mem::zeroed() };
-    how.flags = flags as u64;
-    how.resolve = resolve;
-    // SAFETY: the path ends with NUL, the structure has the size that is given.
-    owned(unsafe {
-        libc::syscall(
-            libc::SYS_openat2,
-            dir.as_raw_fd(),
-            path.as_ptr(),
-            &raw const how,
-            size_of::<libc::open_how>(),
-        )
-    })
-}
-
-/// `struct mount_attr` of mount_setattr(2).
-#[repr(C)]
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct MountAttr {
-    /// `MOUNT_ATTR_*` to set.
-    pub set: u64,
-    /// `MOUNT_ATTR_*` to clear.
-    pub clear: u64,
-    /// `MS_SHARED`, `MS_SLAVE`, `MS_PRIVATE`, `MS_UNBINDABLE`, or 0 to leave it.
-    pub propagation: u64,
-    /// User namespace of an idmapped mount.
-    pub userns: u64,
-}
-
-const _: () = assert!(size_of::<MountAttr>() == 32); // MOUNT_ATTR_SIZE_VER0, linux/mount.h
-
-/// A detached copy of the mount at `path` (with what is below it, if `recursive`).
-pub fn open_tree(dir: BorrowedFd<'_>, path: &CStr, recursive: bool) -> Result<OwnedFd> {
-    const OPEN_TREE_CLONE: libc::c_int = 1;
-    let mut flags = OPEN_TREE_CLONE | libc::O_CLOEXEC | libc::AT_EMPTY_PATH;
-    if recursive {
-        flags |= libc::AT_RECURSIVE;
-    }
-    // SAFETY: the path ends with NUL.
-    owned(unsafe { libc::syscall(libc::SYS_open_tree, dir.as_raw_fd(), path.as_ptr(), flags) })
-}
-
-/// Changes attributes of a mount that is open as `mount`.
-pub fn mount_setattr(mount: BorrowedFd<'_>, recursive: bool, attr: &MountAttr) -> Result<()> {
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the empty path and the structure live through the call; the size is the structure's.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            std::ptr::from_ref(attr),
-            size_of::<MountAttr>(),
-        )
-    })
-    .map(drop)
-}
-
-/// Attaches the detached mount `mount` on what `target` has open.
-pub fn move_mount(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<()> {
-    const F_EMPTY_PATH: libc::c_uint = 4;
-    const T_EMPTY_PATH: libc::c_uint = 0x40;
-    // SAFETY: both paths are empty strings, both descriptors are open.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            target.as_raw_fd(),
-            c"".as_ptr(),
-            F_EMPTY_PATH | T_EMPTY_PATH,
-        )
-    })
-    .map(drop)
-}
-
-/// A context in which a file system is configured (fsopen(2)).
-pub fn fsopen(fs: &CStr) -> Result<OwnedFd> {
-    const FSOPEN_CLOEXEC: libc::c_uint = 1;
-    // SAFETY: the name ends with NUL.
-    owned(unsafe { libc::syscall(libc::SYS_fsopen, fs.as_ptr(), FSOPEN_CLOEXEC) })
-}
-
-/// Sets one option of a file system context: `key=value`, or a flag when there is no value.
-pub fn fsconfig_set(context: BorrowedFd<'_>, key: &CStr, value: Option<&CStr>) -> Result<()> {
-    const SET_FLAG: libc::c_uint = 0;
-    const SET_STRING: libc::c_uint = 1;
-    let (cmd, value) = match value {
-        Some(value) => (SET_STRING, value.as_ptr()),
-        None => (SET_FLAG, std::ptr::null()),
-    };
-    // SAFETY: key and value end with NUL; a flag takes no value.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            context.as_raw_fd(),
-            cmd,
-            key.as_ptr(),
-            value,
-            0,
-        )
-    })
-    .map(drop)
-}
-
-/// Makes the file system of a context and a detached mount of it with attributes `MOUNT_ATTR_*`.
-pub fn fsmount(context: BorrowedFd<'_>, attr: u64) -> Result<OwnedFd> {
-    const CMD_CREATE: libc::c_uint = 6;
-    const FSMOUNT_CLOEXEC: libc::c_uint = 1;
-    let null = std::ptr::null::<libc::c_char>();
-    // SAFETY: CMD_CREATE takes neither key nor value.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_fsconfig,
-            context.as_raw_fd(),
-            CMD_CREATE,
-            null,
-            null,
-            0,
-        )
-    })?;
-    // SAFETY: integers only.
-    owned(unsafe {
-        libc::syscall(
-            libc::SYS_fsmount,
-            context.as_raw_fd(),
-            FSMOUNT_CLOEXEC,
-            attr as libc::c_uint,
-        )
-    })
-}
-
-/// pivot_root(".", "."): the old root ends on top of the new one, to be unmounted by the caller.
-pub fn pivot_root_here() -> Result<()> {
-    // SAFETY: two C strings.
-    check(unsafe { libc::syscall(libc::SYS_pivot_root, c".".as_ptr(), c".".as_ptr()) }).map(drop)
-}
-
 /// Capability sets of capset(2), version 3.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct CapSets {
@@ -369,90 +230,6 @@ pub fn set_name(name: &CStr) {
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) };
 }
 
-/// Loads a seccomp program (`struct sock_filter` array, native byte order).
-pub fn seccomp_load(program: &[u8], flags: libc::c_ulong) -> Result<()> {
-    let count = program.len() / size_of::<libc::sock_filter>();
-    let prog = libc::sock_fprog {
-        len: u16::try_from(count).map_err(|_| Errno::E2BIG)?,
-        filter: program.as_ptr().cast_mut().cast(),
-    };
-    // SAFETY: the kernel copies `len` instructions, which `program` has; it reads them unaligned.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            flags,
-            &raw const prog,
-        )
-    })
-    .map(drop)
-}
-
-/// bpf(2): loads a cgroup device program and returns it.
-pub fn bpf_load_device_program(instructions: &[u64]) -> Result<OwnedFd> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        prog_type: u32,
-        insn_cnt: u32,
-        insns: u64,
-        license: u64,
-        log_level: u32,
-        log_size: u32,
-        log_buf: u64,
-        kern_version: u32,
-        prog_flags: u32,
-    }
-    const PROG_LOAD: libc::c_int = 5;
-    const TYPE_CGROUP_DEVICE: u32 = 15;
-    let attr = Load {
-        prog_type: TYPE_CGROUP_DEVICE,
-        insn_cnt: u32::try_from(instructions.len()).map_err(|_| Errno::E2BIG)?,
-        insns: instructions.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        ..Load::default()
-    };
-    // SAFETY: the pointers are valid for the call and the counts are theirs.
-    owned(unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attr, size_of::<Load>()) })
-}
-
-/// bpf(2): attaches a device program to a cgroup folder, in place of `replace` when there is one.
-pub fn bpf_attach_device(
-    cgroup: BorrowedFd<'_>,
-    program: BorrowedFd<'_>,
-    replace: Option<BorrowedFd<'_>>,
-) -> Result<()> {
-    #[repr(C)]
-    struct Attach {
-        target: u32,
-        program: u32,
-        kind: u32,
-        flags: u32,
-        replace: u32,
-    }
-    const PROG_ATTACH: libc::c_int = 8;
-    const CGROUP_DEVICE: u32 = 6;
-    const F_ALLOW_MULTI: u32 = 2;
-    const F_REPLACE: u32 = 4;
-    let attr = Attach {
-        target: cgroup.as_raw_fd() as u32,
-        program: program.as_raw_fd() as u32,
-        kind: CGROUP_DEVICE,
-        flags: F_ALLOW_MULTI | if replace.is_some() { F_REPLACE } else { 0 },
-        replace: replace.map_or(0, |fd| fd.as_raw_fd() as u32),
-    };
-    // SAFETY: the structure lives through the call; all fields are integers.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            PROG_ATTACH,
-            &raw const attr,
-            size_of::<Attach>(),
-        )
-    })
-    .map(drop)
-}
-
 /// Adds `bytes` to the kernel's entropy pool and credits them (RNDADDENTROPY, random(4)).
 pub fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
     const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
@@ -464,41 +241,6 @@ pub fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
     // SAFETY: the buffer is a rand_pool_info with as many bytes as it says.
     Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, info.as_ptr()) })
         .map(drop)
-}
-
-/// Size of a terminal.
-pub fn set_window_size(tty: BorrowedFd<'_>, columns: u16, rows: u16) -> Result<()> {
-    let size = libc::winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    // SAFETY: the structure is the one that TIOCSWINSZ reads.
-    Errno::result(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })
-        .map(drop)
-}
-
-/// Makes `tty` the controlling terminal of this session.
-pub fn take_terminal(tty: BorrowedFd<'_>) -> Result<()> {
-    // SAFETY: TIOCSCTTY takes an integer.
-    Errno::result(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)
-}
-
-/// Lets the slave of a pty master be opened.
-pub fn unlock_pty(master: BorrowedFd<'_>) -> Result<()> {
-    let zero: libc::c_int = 0;
-    // SAFETY: TIOCSPTLCK reads an int.
-    Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const zero) })
-        .map(drop)
-}
-
-/// Opens the slave of a pty master, whatever is found at its path (ioctl_tty(2), TIOCGPTPEER).
-pub fn open_pty_slave(master: BorrowedFd<'_>) -> Result<OwnedFd> {
-    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-    // SAFETY: TIOCGPTPEER takes open flags and returns a new descriptor.
-    let fd = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) };
-    owned(libc::c_long::from(fd))
 }
 
 /// I/O priority of this process.
