@@ -24,8 +24,10 @@ use serde::{Deserialize, Serialize};
 pub const REAL_RATE: u64 = 50_000_000;
 /// Rounds of the first loop, two instructions each: enough to tell 2 million a second from 50.
 const SHORT_ROUNDS: u32 = 10_000;
-/// Below this rate of the short loop (entry and exit included) no long one is tried.
-const HOPELESS_RATE: u64 = 10_000_000;
+/// How often it is tried: entry and exit count here, and are slower the first time.
+const SHORT_TRIES: u32 = 3;
+/// Below this rate of the short loop no long one is tried.
+const HOPELESS_RATE: u64 = 3_000_000;
 /// Rounds of the second loop, long enough that entry and exit do not count: 40 ms at [`REAL_RATE`].
 const LONG_ROUNDS: u32 = 1_000_000;
 /// How long making the VM may take: it waits for every processor of the machine.
@@ -35,7 +37,7 @@ const PATIENCE: Duration = Duration::from_millis(90);
 /// And again each time this long passes: a signal may come before the vCPU is entered.
 const KICK_EVERY: Duration = Duration::from_millis(5);
 /// Kicks until a vCPU that does not return is left behind.
-const KICKS_MAX: u32 = 20;
+const KICKS_MAX: u32 = 200;
 
 /// Name of the file, in the state folder, that remembers the answer for this boot.
 const CACHE_FILE: &str = "kvm-probe.json";
@@ -246,11 +248,16 @@ fn measure(running: impl FnOnce()) -> Answer {
     let mut vcpu = vm.create_vcpu(0).map_err(text("KVM_CREATE_VCPU"))?;
     protected_mode(&vcpu)?;
     running();
-    let rate = run_loop(&mut vcpu, SHORT_ROUNDS)?;
-    if rate < HOPELESS_RATE {
-        return Ok(rate);
+    // The first entry brings page faults with it.
+    run_loop(&mut vcpu, 1)?;
+    let mut best = 0;
+    for _ in 0..SHORT_TRIES {
+        best = best.max(run_loop(&mut vcpu, SHORT_ROUNDS)?);
+        if best >= HOPELESS_RATE {
+            return run_loop(&mut vcpu, LONG_ROUNDS);
+        }
     }
-    run_loop(&mut vcpu, LONG_ROUNDS)
+    Ok(best)
 }
 
 #[repr(C, align(4096))]
