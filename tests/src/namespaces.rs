@@ -23,8 +23,9 @@ mount -t tmpfs -o mode=755 tmpfs /var/lib
 mkdir -p /run/lock /run/netns
 mkdir -p /var/lib/etc-upper /var/lib/etc-work
 mount -t overlay -o lowerdir=/etc,upperdir=/var/lib/etc-upper,workdir=/var/lib/etc-work overlay /etc
-mkdir -p /etc/cni
-ln -sfn "$CNI_CONF" /etc/cni/net.d
+rm -rf /etc/cni
+mkdir /etc/cni
+ln -s "$CNI_CONF" /etc/cni/net.d
 mount -t tmpfs tmpfs /opt
 mkdir -p /opt/cni
 ln -s "$CNI_BIN" /opt/cni/bin
@@ -207,6 +208,9 @@ impl Namespaces {
 impl Drop for Namespaces {
     fn drop(&mut self) {
         drop(self.holder.stdin.take());
+        // Its init is killed with it. Not waited for: init only ends when every process of the
+        // namespace is reaped, and a client that the test still holds is reaped after this.
+        let _ = self.holder.kill();
         let _ = self.holder.wait();
     }
 }
