@@ -127,7 +127,6 @@ pub fn pin_text(certificate: &Certificate<'_>) -> String {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

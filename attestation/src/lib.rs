@@ -12,6 +12,7 @@ pub mod collateral;
 pub mod crypto;
 pub mod der;
 pub mod encoding;
+pub mod measure;
 pub mod nvidia;
 pub mod ocsp;
 pub mod reference;

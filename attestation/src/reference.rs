@@ -166,7 +166,6 @@ fn list<const N: usize>(
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

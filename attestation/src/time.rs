@@ -150,7 +150,6 @@ impl FromStr for Timestamp {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

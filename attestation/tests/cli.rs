@@ -1,8 +1,6 @@
 //! The program as a pipeline sees it: exit codes, one clear line for what cannot be read, JSON and
 //! JUnit. Real evidence where the folder is there, broken files always.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "test")]
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -111,7 +109,7 @@ fn real_evidence_is_accepted_and_refused_with_exit_codes() {
         1,
         "a measurement nobody compared is refused by --strict"
     );
-    let other = with(&["--report-data", &"00".repeat(64)]);
+    let other = with(&["--report-data", &"01".repeat(64)]);
     assert_eq!(code(&other), 1);
     assert!(String::from_utf8_lossy(&other.stdout).contains("FAIL report-data"));
     assert_eq!(
@@ -166,6 +164,26 @@ fn real_evidence_is_accepted_and_refused_with_exit_codes() {
         "an anchor file replaces the production anchors"
     );
     assert!(String::from_utf8_lossy(&none.stdout).contains("SIMULATED"));
+}
+
+#[test]
+fn an_impossible_measurement_is_misuse() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("ovmf.fd");
+    std::fs::write(&image, [0; 8192]).unwrap();
+    let output = run(&["measure", "--ovmf", image.to_str().unwrap()]);
+    assert_eq!(code(&output), 2);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no OVMF with SEV support"));
+    assert_eq!(
+        code(&run(&[
+            "measure",
+            "--ovmf",
+            image.to_str().unwrap(),
+            "--vcpu-type",
+            "Pentium"
+        ])),
+        2
+    );
 }
 
 #[test]

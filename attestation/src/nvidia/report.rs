@@ -307,7 +307,6 @@ fn opaque(bytes: &[u8]) -> Result<Opaque<'_>, ReportError> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

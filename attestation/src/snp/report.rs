@@ -356,7 +356,6 @@ fn u64_at(raw: &[u8; REPORT_LENGTH], at: usize) -> u64 {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

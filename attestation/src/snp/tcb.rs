@@ -101,7 +101,6 @@ impl fmt::Display for Tcb {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

@@ -133,7 +133,6 @@ pub fn replay(events: &[Event<'_>]) -> [[u8; 48]; 4] {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

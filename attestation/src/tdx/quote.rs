@@ -363,7 +363,6 @@ fn enclave_report(c: &mut Cursor<'_>) -> Result<EnclaveReport, QuoteError> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "test")]
 mod tests {
     use super::*;
 

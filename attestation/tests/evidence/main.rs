@@ -3,12 +3,13 @@
 //! default `../shared/evidence` beside the workspace. Without it the tests say loudly that they
 //! skipped; with it, a file that no case covers is a failure.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "test")]
+#![expect(clippy::unwrap_used, reason = "tests panic to fail")]
 
 mod folder;
 mod mutation;
 mod nvidia;
 mod snp;
+mod speed;
 mod tdx;
 
 use folder::{Case, Folder};

@@ -12,21 +12,25 @@ const MAX_FILES: usize = 4096;
 
 /// Reads a file, or standard input for `-`, up to the size of the largest collateral.
 pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    read_up_to(path, collateral::MAX_FILE as u64)
+}
+
+/// Reads a file, or standard input for `-`, of at most `limit` bytes.
+pub(crate) fn read_up_to(path: &Path, limit: u64) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let limit = collateral::MAX_FILE as u64 + 1;
     let name = path.display();
     let read = if path == Path::new("-") {
-        std::io::stdin().take(limit).read_to_end(&mut bytes)
+        std::io::stdin().take(limit + 1).read_to_end(&mut bytes)
     } else {
         let file = std::fs::File::open(path).with_context(|| format!("Cannot open {name}"))?;
         if file.metadata().is_ok_and(|m| m.is_dir()) {
             bail!("{name} is a folder");
         }
-        file.take(limit).read_to_end(&mut bytes)
+        file.take(limit + 1).read_to_end(&mut bytes)
     };
     read.with_context(|| format!("Cannot read {name}"))?;
-    if bytes.len() > collateral::MAX_FILE {
-        bail!("{name} is larger than {} bytes", collateral::MAX_FILE);
+    if bytes.len() as u64 > limit {
+        bail!("{name} is larger than {limit} bytes");
     }
     Ok(bytes)
 }

@@ -24,12 +24,14 @@ pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<Done> {
     let bytes = input::read_evidence(&args.file)?;
     let (kind, value) = decode(&bytes)
         .map_err(|e| anyhow::anyhow!("{}: {}", args.file.display(), output::clean(&e)))?;
-    println!(
-        "{}",
-        serde_json::to_string_pretty(
-            &json!({ "kind": kind, "verified": false, "content": value })
-        )?
-    );
+    let text = serde_json::to_string_pretty(
+        &json!({ "kind": kind, "verified": false, "content": value }),
+    )?;
+    output::print(
+        &(text
+            + "
+"),
+    )?;
     Ok(Done::Accepted)
 }
 

@@ -5,6 +5,7 @@
 
 mod input;
 mod inspect;
+mod measure;
 mod output;
 mod verify;
 
@@ -29,6 +30,8 @@ enum Command {
     Verify(Box<verify::VerifyArgs>),
     /// Decode a report, quote, certificate, CRL, RIM, event log or token, field by field
     Inspect(inspect::InspectArgs),
+    /// Predict the launch measurement of an SNP guest from its files and settings
+    Measure(measure::MeasureArgs),
 }
 
 /// What a command ended with, where it did not fail.
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Verify(args) => verify::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Measure(args) => measure::run(&args),
     };
     match result {
         Ok(Done::Accepted) => ExitCode::SUCCESS,

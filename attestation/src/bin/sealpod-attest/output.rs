@@ -1,11 +1,20 @@
 //! Printing verdicts: a table for people, JSON and JUnit for machines. Everything printed that came
 //! from evidence is escaped.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 
 use sealpod_attestation::{Check, Outcome, Status, Verdict};
 
 const WIDTH: usize = 72;
+
+/// Prints to standard output. A reader that closed the pipe has seen enough: no error.
+pub(crate) fn print(text: &str) -> std::io::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
 
 /// The table of checks and the decision.
 pub(crate) fn table(verdict: &Verdict) -> String {

@@ -76,9 +76,9 @@ pub(crate) fn run(args: &VerifyArgs) -> anyhow::Result<Done> {
             .with_context(|| format!("Cannot write {}", path.display()))?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&verdict)?);
+        output::print(&(serde_json::to_string_pretty(&verdict)? + "\n"))?;
     } else {
-        print!("{}", output::table(&verdict));
+        output::print(&output::table(&verdict))?;
     }
     Ok(match verdict.status {
         Status::Accepted => Done::Accepted,

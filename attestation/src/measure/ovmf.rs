@@ -1,0 +1,254 @@
+//! The firmware image: where it is mapped, what it asks the hypervisor to place in memory (OVMF's
+//! `OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm` and `OvmfSevMetadata.asm`).
+
+const PAGE: u64 = 4096;
+/// Firmware ends at 4 GiB.
+const FIRMWARE_END: u64 = 1 << 32;
+const MAX_IMAGE: usize = 32 << 20;
+const MAX_SECTIONS: u32 = 64;
+/// Pages that one section may cover: they are hashed one by one.
+const MAX_SECTION: u32 = 256 << 20;
+/// The table of entries ends this far before the end of the image.
+const TABLE_END: usize = 32;
+const ENTRY_HEADER: usize = 18;
+
+const TABLE_FOOTER: u128 = 0x96b582de_1fb2_45f7_baea_a366c55a082d;
+const SEV_HASH_TABLE: u128 = 0x7255371f_3a3b_4b04_927b_1da6efa8d454;
+const SEV_ES_RESET: u128 = 0x00f771de_1a7e_4fcb_890e_68c77e2fb44e;
+const SEV_METADATA: u128 = 0xdc886566_984a_4798_a75e_5585a7bf67cc;
+
+/// Why an image is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum OvmfError {
+    /// Not whole pages, or too large.
+    #[error("Image of {0} bytes; whole pages of 4096, at most {MAX_IMAGE}, are a firmware")]
+    Size(usize),
+    /// The table at the end is missing or broken.
+    #[error("No valid GUID table at the end of the image: no OVMF with SEV support")]
+    Table,
+    /// An entry is missing.
+    #[error("Image has no {0}")]
+    Missing(&'static str),
+    /// The SEV metadata are broken.
+    #[error("SEV metadata are malformed")]
+    Metadata,
+    /// A section of a kind nobody here knows.
+    #[error("SEV metadata have a section of unknown type {0}")]
+    Section(u32),
+}
+
+/// What is placed in a section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SectionKind {
+    /// Zero pages.
+    SecMemory,
+    /// The secrets page.
+    Secrets,
+    /// The CPUID page.
+    Cpuid,
+    /// Calling area of an SVSM; zero pages.
+    SvsmCaa,
+    /// Hashes of kernel, initial RAM disk and command line.
+    KernelHashes,
+}
+
+/// A range of guest memory that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    /// Guest physical address.
+    pub gpa: u32,
+    /// Bytes.
+    pub size: u32,
+    /// What is placed there.
+    pub kind: SectionKind,
+}
+
+/// An image, as far as the measurement needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ovmf {
+    /// Where it begins in guest memory.
+    pub gpa: u64,
+    /// Where the other vCPUs begin.
+    pub reset_eip: u32,
+    /// Guest physical address of the kernel hash table, if there is a place for it.
+    pub hash_table: Option<u32>,
+    /// Sections, in order.
+    pub sections: Vec<Section>,
+}
+
+impl Ovmf {
+    /// Reads an image.
+    ///
+    /// # Errors
+    /// When it is not an OVMF image with SEV-SNP metadata.
+    pub fn parse(image: &[u8]) -> Result<Self, OvmfError> {
+        let size = image.len();
+        if size == 0 || size > MAX_IMAGE || !(size as u64).is_multiple_of(PAGE) {
+            return Err(OvmfError::Size(size));
+        }
+        let table = table(image)?;
+        let entry = |guid: u128| {
+            table
+                .iter()
+                .find(|(g, _)| *g == guid)
+                .map(|(_, data)| *data)
+        };
+        let reset = entry(SEV_ES_RESET).ok_or(OvmfError::Missing("SEV-ES reset block"))?;
+        let metadata = entry(SEV_METADATA).ok_or(OvmfError::Missing("SEV metadata"))?;
+        Ok(Self {
+            gpa: FIRMWARE_END - size as u64,
+            reset_eip: word(reset, 0).ok_or(OvmfError::Table)?,
+            hash_table: entry(SEV_HASH_TABLE)
+                .map(|d| word(d, 0).ok_or(OvmfError::Table))
+                .transpose()?,
+            sections: sections(image, word(metadata, 0).ok_or(OvmfError::Table)?)?,
+        })
+    }
+}
+
+/// The entries, from the footer backwards: data, length, GUID.
+fn table(image: &[u8]) -> Result<Vec<(u128, &[u8])>, OvmfError> {
+    let end = image.len().checked_sub(TABLE_END).ok_or(OvmfError::Table)?;
+    let (footer, length) = header(image, end).ok_or(OvmfError::Table)?;
+    if footer != TABLE_FOOTER || length < ENTRY_HEADER || length > end {
+        return Err(OvmfError::Table);
+    }
+    let start = end - length;
+    let mut at = end - ENTRY_HEADER;
+    let mut entries = Vec::new();
+    while at > start {
+        let (guid, length) = header(image, at).ok_or(OvmfError::Table)?;
+        let begin = at
+            .checked_sub(length)
+            .filter(|b| *b >= start && length >= ENTRY_HEADER)
+            .ok_or(OvmfError::Table)?;
+        entries.push((guid, &image[begin..at - ENTRY_HEADER]));
+        at = begin;
+    }
+    Ok(entries)
+}
+
+/// GUID and length that end at `end`.
+fn header(image: &[u8], end: usize) -> Option<(u128, usize)> {
+    let bytes: &[u8; ENTRY_HEADER] = image
+        .get(end.checked_sub(ENTRY_HEADER)?..end)?
+        .try_into()
+        .ok()?;
+    let [l0, l1, d, c, b, a, f, e, h, g, rest @ ..] = *bytes;
+    let mut guid = [a, b, c, d, e, f, g, h, 0, 0, 0, 0, 0, 0, 0, 0];
+    guid[8..].copy_from_slice(&rest);
+    Some((
+        u128::from_be_bytes(guid),
+        usize::from(u16::from_le_bytes([l0, l1])),
+    ))
+}
+
+fn sections(image: &[u8], offset_from_end: u32) -> Result<Vec<Section>, OvmfError> {
+    const HEADER: usize = 16;
+    const ITEM: usize = 12;
+    let start = image
+        .len()
+        .checked_sub(offset_from_end as usize)
+        .ok_or(OvmfError::Metadata)?;
+    let header = image
+        .get(start..start + HEADER)
+        .ok_or(OvmfError::Metadata)?;
+    let count = word(header, 12)
+        .filter(|n| *n <= MAX_SECTIONS)
+        .ok_or(OvmfError::Metadata)?;
+    if &header[..4] != b"ASEV" || word(header, 8) != Some(1) {
+        return Err(OvmfError::Metadata);
+    }
+    let items = image
+        .get(start + HEADER..start + HEADER + count as usize * ITEM)
+        .ok_or(OvmfError::Metadata)?;
+    let section = |item: &[u8]| {
+        let field = |at| word(item, at).ok_or(OvmfError::Metadata);
+        let kind = match field(8)? {
+            1 => SectionKind::SecMemory,
+            2 => SectionKind::Secrets,
+            3 => SectionKind::Cpuid,
+            4 => SectionKind::SvsmCaa,
+            0x10 => SectionKind::KernelHashes,
+            other => return Err(OvmfError::Section(other)),
+        };
+        let section = Section {
+            gpa: field(0)?,
+            size: field(4)?,
+            kind,
+        };
+        let aligned = u64::from(section.gpa).is_multiple_of(PAGE)
+            && u64::from(section.size).is_multiple_of(PAGE);
+        if aligned && section.size <= MAX_SECTION {
+            Ok(section)
+        } else {
+            Err(OvmfError::Metadata)
+        }
+    };
+    items.chunks_exact(ITEM).map(section).collect()
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes
+        .get(at..at + 4)?
+        .try_into()
+        .ok()
+        .map(u32::from_le_bytes)
+}
+
+/// An image of two pages with one section of each kind.
+#[cfg(test)]
+pub(super) fn test_image() -> Vec<u8> {
+    let guid = |g: u128| {
+        let [a, b, c, d, e, f, g, h, rest @ ..] = g.to_be_bytes();
+        [&[d, c, b, a, f, e, h, g][..], &rest].concat()
+    };
+    let entry = |data: &[u8], id: u128| {
+        [
+            data,
+            &((data.len() + ENTRY_HEADER) as u16).to_le_bytes(),
+            &guid(id),
+        ]
+        .concat()
+    };
+    let mut metadata = b"ASEV".to_vec();
+    metadata.extend([0x4c, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0, 0]);
+    for (n, kind) in [1u32, 2, 3, 4, 0x10].into_iter().enumerate() {
+        metadata.extend((0x80_0000 + n as u32 * 0x1000).to_le_bytes());
+        metadata.extend(0x1000u32.to_le_bytes());
+        metadata.extend(kind.to_le_bytes());
+    }
+    let mut table = entry(&0x80_4c00u32.to_le_bytes(), SEV_HASH_TABLE);
+    table.extend(entry(&0x80_b004u32.to_le_bytes(), SEV_ES_RESET));
+    table.extend(entry(&0x1000u32.to_le_bytes(), SEV_METADATA));
+    let length = (table.len() + ENTRY_HEADER) as u16;
+    table.extend(length.to_le_bytes());
+    table.extend(guid(TABLE_FOOTER));
+    let mut image = vec![0; 8192];
+    image[4096..4096 + metadata.len()].copy_from_slice(&metadata);
+    image[8192 - TABLE_END - table.len()..8192 - TABLE_END].copy_from_slice(&table);
+    image
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_read_and_every_broken_one_refused_or_read() {
+        let image = test_image();
+        let ovmf = Ovmf::parse(&image).unwrap();
+        assert_eq!(
+            (ovmf.gpa, ovmf.reset_eip, ovmf.hash_table),
+            (0xffff_e000, 0x80_b004, Some(0x80_4c00))
+        );
+        assert_eq!(ovmf.sections.len(), 5);
+        for at in 0..image.len() {
+            let mut broken = image.clone();
+            broken[at] ^= 0xff;
+            let _ = Ovmf::parse(&broken);
+        }
+        assert_eq!(Ovmf::parse(&[0; 4096]), Err(OvmfError::Table));
+        assert_eq!(Ovmf::parse(&[]), Err(OvmfError::Size(0)));
+    }
+}
