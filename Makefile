@@ -27,7 +27,7 @@ guest-kernel:
 guest: guest-kernel
 	$(SAY) "agent and initramfs"
 	@agent/build.sh
-	@initramfs/pack.sh
+	@initramfs/pack.sh --init target/guest/sealpod-agent
 
 demo: build ## Show a container in a VM of its own: kernel, exec, HTTP over CNI, times
 	@$(SETUP) clients

@@ -208,41 +208,38 @@ mod bodies {
         need!(assets::complete());
         let env = Env::new(version).unwrap();
         let mut watch = env.spawn("ctr", &["events"]);
-        let mut events = std::io::BufReader::new(watch.stdout.take().unwrap()).lines();
+        let events = std::io::BufReader::new(watch.stdout.take().unwrap()).lines();
+        let (send, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in events.map_while(Result::ok) {
+                let _ = send.send(line);
+            }
+        });
         let id = env.id("a");
         // Until the subscription stands, events are lost: make some that do not matter.
-        let (tx, subscribed) = std::sync::mpsc::channel();
-        let reader = std::thread::spawn(move || {
-            let mut topics = Vec::new();
-            while let Some(Ok(line)) = events.next() {
-                let _ = tx.send(());
-                let Some(topic) = line.split_whitespace().find(|w| w.starts_with("/tasks/")) else {
-                    continue;
-                };
-                topics.push(topic.to_owned());
-                if topic == "/tasks/delete"
-                    && line.contains("\"id\":\"\"") | !line.contains("\"id\"")
-                {
-                    break;
-                }
-                if topics.iter().filter(|t| *t == "/tasks/delete").count() == 2 {
-                    break;
-                }
-            }
-            topics
-        });
         wait::until("subscription", Duration::from_secs(20), || {
             let _ = env.ctr(&["namespace", "label", "default", "touched=1"]);
-            subscribed.try_recv().ok()
+            lines.try_recv().ok()
         });
         env.ctr_start(&[], &id, &["sleep", "1000"]);
         assert_eq!(env.ctr_exec(&id, "e1", &["true"]).code, 0);
         let _ = env.ctr(&["task", "pause", &id]).ok();
         let _ = env.ctr(&["task", "resume", &id]).ok();
         let _ = env.ctr(&["task", "kill", "-s", "KILL", &id]).ok();
+        wait::until("stopped", Duration::from_secs(20), || {
+            (env.ctr_status(&id).as_deref() == Some("STOPPED")).then_some(())
+        });
         let _ = env.ctr(&["task", "delete", &id]);
         let _ = env.ctr(&["container", "delete", &id]).ok();
-        let topics = reader.join().unwrap();
+        let mut topics = Vec::new();
+        loop {
+            let line = lines.recv_timeout(Duration::from_secs(20)).unwrap();
+            if line.contains("/containers/delete") {
+                break;
+            }
+            let topic = line.split_whitespace().find(|w| w.starts_with("/tasks/"));
+            topics.extend(topic.map(str::to_owned));
+        }
         let _ = watch.kill();
         let _ = watch.wait();
         let expected = [

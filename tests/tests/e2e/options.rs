@@ -90,11 +90,13 @@ mod bodies {
             "--cpu-period",
             "100000",
         ];
-        let out = sh(
-            &env,
-            &options,
-            "cd /sys/fs/cgroup && cat memory.max cpu.max && cat /proc/self/cgroup",
-        );
+        let mut all = vec![
+            "--mount",
+            "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro",
+        ];
+        all.extend(options);
+        let read = "cd /sys/fs/cgroup && cat memory.max cpu.max /proc/self/cgroup";
+        let out = sh(&env, &all, read);
         assert_eq!(out, "67108864\n50000 100000\n0::/\n");
         env.assert_clean();
     }
