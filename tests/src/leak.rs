@@ -9,7 +9,11 @@ use std::{
 use crate::{Env, cni};
 
 /// Kept between pods on purpose: what the node learned about its KVM, and iptables' lock.
-const KEPT: [&str; 2] = ["/run/sealpod/kvm-probe.json", "/run/xtables.lock"];
+const KEPT: [&str; 3] = [
+    "/run/sealpod/kvm-probe.json",
+    "/run/sealpod/tsc.json",
+    "/run/xtables.lock",
+];
 
 /// See the module.
 #[derive(Debug, Clone)]
