@@ -10,6 +10,7 @@
 //! ```
 
 mod args;
+mod cache;
 mod check;
 mod console;
 mod hotplug;
@@ -17,6 +18,7 @@ mod image;
 pub mod probe;
 mod qemu;
 mod qmp;
+mod tsc;
 
 use std::io;
 use std::os::fd::OwnedFd;

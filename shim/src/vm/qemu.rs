@@ -23,6 +23,7 @@ use super::check::{check, find_program};
 use super::console::{Console, panic_message};
 use super::hotplug::{self, Ports};
 use super::qmp::Qmp;
+use super::tsc;
 use super::{
     Accelerator, Disk, Driver, ExitReason, Mark, Nic, VSOCK_FILE, Vm, VmConfig, VmError, VmExit,
 };
@@ -52,11 +53,7 @@ pub struct Qemu;
 #[async_trait]
 impl Driver for Qemu {
     async fn start(&self, config: VmConfig, ledger: &Ledger) -> Result<Arc<dyn Vm>, VmError> {
-        let cmdline = args::cmdline(
-            config.accelerator,
-            config.hotplug_ports > 0,
-            &config.kernel_params,
-        );
+        let cmdline = cmdline(&config).await;
         check(&config, &cmdline)?;
         let (monitor, monitor_end) = pair(&config.dir)?;
         let (console, console_end) = pair(&config.dir)?;
@@ -102,6 +99,19 @@ impl Driver for Qemu {
             marks,
         }))
     }
+}
+
+/// The guest's command line. The first time after a boot of the host, a measurement blocks.
+async fn cmdline(config: &VmConfig) -> String {
+    let state_dir = config.dir.parent().unwrap_or(&config.dir).to_owned();
+    let tsc_khz = match config.accelerator {
+        Accelerator::Kvm => None,
+        Accelerator::Tcg => tokio::task::spawn_blocking(move || tsc::khz(&state_dir))
+            .await
+            .unwrap_or(None),
+    };
+    let hotplug = config.hotplug_ports > 0;
+    args::cmdline(config.accelerator, tsc_khz, hotplug, &config.kernel_params)
 }
 
 fn mark(what: &'static str) -> Mark {
