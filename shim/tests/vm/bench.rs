@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sealpod_shim::ledger::{Ledger, clean};
-use sealpod_shim::vm::{Driver, Qemu, Vm, VmConfig, choose_accelerator, find_program};
+use sealpod_shim::vm::{Driver, Qemu, Vm, VmConfig, VmExit, choose_accelerator, find_program};
 
 /// How long a guest may take to say something, on a busy machine without KVM.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -45,6 +45,12 @@ pub(crate) async fn line(vm: &Arc<dyn Vm>, wanted: &str) {
         );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Waits until the VM has ended.
+pub(crate) async fn ended(vm: &Arc<dyn Vm>) -> VmExit {
+    let ended = tokio::time::timeout(PATIENCE, vm.wait()).await;
+    ended.unwrap_or_else(|_| panic!("it does not end: {:?}", vm.console_tail()))
 }
 
 impl Bench {

@@ -29,14 +29,14 @@ async fn a_guest_that_ends_itself_is_seen_to_have_ended() {
     let Some(bench) = Bench::new() else { return };
     let start = Instant::now();
     let vm = bench.start("tsc").await;
-    let exit = vm.wait().await;
+    let exit = bench::ended(&vm).await;
     eprintln!("from start to end: {:?}; {exit}", start.elapsed());
     assert_eq!(exit.reason, ExitReason::Guest);
     assert!(
         exit.console.iter().any(|l| l.contains("init tsc")),
         "{exit}"
     );
-    assert_eq!(vm.wait().await, exit);
+    assert_eq!(bench::ended(&vm).await, exit);
     vm.stop().await;
     assert!(matches!(vm.pause().await, Err(VmError::Ended)));
     drop(vm);
@@ -47,7 +47,7 @@ async fn a_guest_that_ends_itself_is_seen_to_have_ended() {
 async fn a_panic_is_the_reason_and_its_line_is_told() {
     let Some(bench) = Bench::new() else { return };
     let vm = bench.start("panic").await;
-    let exit = vm.wait().await;
+    let exit = bench::ended(&vm).await;
     let ExitReason::Panic(message) = &exit.reason else {
         panic!("{exit}");
     };
@@ -119,7 +119,7 @@ async fn a_vm_can_be_paused_resumed_and_stopped() {
     bench::line(&vm, &format!("tick {next}")).await;
     vm.stop().await;
     vm.stop().await;
-    assert_eq!(vm.wait().await.reason, ExitReason::Stopped);
+    assert_eq!(bench::ended(&vm).await.reason, ExitReason::Stopped);
     drop(vm);
     bench.finish();
 }
@@ -132,7 +132,7 @@ async fn a_killed_vmm_is_the_reason() {
     let vm = bench.start_guest(|_| {}).await;
     bench::line(&vm, "up").await;
     bench::run("kill", &["-9", &vm.pid().to_string()]);
-    let exit = vm.wait().await;
+    let exit = bench::ended(&vm).await;
     assert_eq!(exit.reason, ExitReason::Vmm(Exit::Signal(libc::SIGKILL)));
     assert_eq!(exit.console.last().unwrap(), "up");
     vm.stop().await;
@@ -148,7 +148,7 @@ async fn disks_come_and_go_while_the_guest_runs() {
         echo there > /dev/vda; sync; echo written
         while [ -e /dev/vda ]; do sleep 0.05; done; echo gone
         until [ -e /dev/vda ]; do sleep 0.05; done
-        blockdev --getro /dev/vda; echo end > /dev/vda || echo refused; poweroff -f";
+        blockdev --getro /dev/vda; echo end > /dev/vda || echo refused; reboot -f";
     let Some(bench) = Bench::with_guest(script) else {
         return;
     };
@@ -196,7 +196,7 @@ async fn disks_come_and_go_while_the_guest_runs() {
     }
     vm.add_disk(volume).await.unwrap();
     bench::line(&vm, "refused").await;
-    assert_eq!(vm.wait().await.reason, ExitReason::Guest);
+    assert_eq!(bench::ended(&vm).await.reason, ExitReason::Guest);
     assert!(std::fs::read(&disk).unwrap().starts_with(b"there"));
     vm.stop().await;
     drop(vm);
@@ -206,7 +206,7 @@ async fn disks_come_and_go_while_the_guest_runs() {
 #[tokio::test]
 async fn several_vcpus_and_ports_come_up() {
     let Some(bench) =
-        Bench::with_guest("echo cpus $(nproc); ls /sys/bus/pci/devices | wc -l; poweroff -f")
+        Bench::with_guest("echo cpus $(nproc); ls /sys/bus/pci/devices | wc -l; reboot -f")
     else {
         return;
     };
@@ -216,7 +216,7 @@ async fn several_vcpus_and_ports_come_up() {
             c.hotplug_ports = 4;
         })
         .await;
-    let exit = vm.wait().await;
+    let exit = bench::ended(&vm).await;
     assert!(exit.console.iter().any(|l| l == "cpus 2"), "{exit}");
     for mark in vm.marks() {
         eprintln!("{}", mark.what);

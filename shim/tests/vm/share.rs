@@ -227,7 +227,7 @@ async fn a_guest_sees_what_the_host_changes_and_the_host_what_the_guest_writes()
     daemon.stop().await;
     assert_eq!(daemon.watch().exited(), Some(Exit::Signal(libc::SIGKILL)));
     vm.stop().await;
-    assert_eq!(vm.wait().await.reason, ExitReason::Stopped);
+    assert_eq!(bench::ended(&vm).await.reason, ExitReason::Stopped);
     drop(vm);
     run("umount", &[at.to_str().unwrap()]);
     run("umount", &[share.to_str().unwrap()]);
