@@ -16,6 +16,8 @@ if [ ! -e "$lib/libseccomp.a" ]; then
 fi
 # --target even though it is the host's: procedural macros are host code and must not become static.
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static"
+# The guest holds it in memory, twice while it boots: small before fast.
+export CARGO_PROFILE_RELEASE_OPT_LEVEL=z
 export LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$lib
 cargo build -p sealpod-agent --profile "$profile" --target "$target"
 
