@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use bench::Bench;
 use sealpod_shim::child::Exit;
-use sealpod_shim::vm::{Disk, Driver, ExitReason, Qemu, Vm, VmConfig, VmError};
+use sealpod_shim::network::{PodNetns, PodNetwork, TapNic, mac_text};
+use sealpod_shim::vm::{Disk, Driver, ExitReason, Nic, Qemu, Vm, VmConfig, VmError};
 
 /// `Driver::start` gives nothing that can be printed.
 fn refused(result: Result<Arc<dyn Vm>, VmError>) -> String {
@@ -222,6 +223,49 @@ async fn several_vcpus_and_ports_come_up() {
         eprintln!("{}", mark.what);
     }
     assert!(!Path::new(&format!("/proc/{}", vm.pid())).exists());
+    vm.stop().await;
+    drop(vm);
+    bench.finish();
+}
+
+#[tokio::test]
+async fn a_nic_can_be_there_from_the_start_or_come_later() {
+    let script = "n=/sys/class/net; echo up; cat $n/eth0/address $n/eth0/mtu
+        until [ -e $n/eth1 ]; do sleep 0.05; done
+        cat $n/eth1/address $n/eth1/mtu; echo done; reboot -f";
+    let Some(bench) = Bench::with_guest(script) else {
+        return;
+    };
+    let mut taps = Vec::new();
+    let mut networks = Vec::new();
+    for _ in 0..2 {
+        // A namespace without interfaces: the tap waits for one.
+        let netns = PodNetns::create().await.unwrap();
+        let mut network = PodNetwork::new(netns, bench.ledger.clone()).await.unwrap();
+        taps.extend(network.attach().await.unwrap());
+        networks.push(network);
+    }
+    let nic = |tap: TapNic, mtu| Nic {
+        tap: tap.tap,
+        mac: tap.mac,
+        mtu,
+    };
+    let macs: Vec<String> = taps.iter().map(|t| mac_text(t.mac)).collect();
+    let later = nic(taps.pop().unwrap(), 1400);
+    let first = nic(taps.pop().unwrap(), 1450);
+    let vm = bench.start_guest(|c| c.nics = vec![first]).await;
+    bench::line(&vm, "up").await;
+    bench::line(&vm, &macs[0]).await;
+    vm.add_nic(later).await.unwrap();
+    bench::line(&vm, "done").await;
+    let lines = vm.console_tail();
+    for wanted in [&macs[1], "1450", "1400"] {
+        assert!(
+            lines.iter().any(|l| l == wanted),
+            "{wanted} not in {lines:?}"
+        );
+    }
+    assert_eq!(bench::ended(&vm).await.reason, ExitReason::Guest);
     vm.stop().await;
     drop(vm);
     bench.finish();
