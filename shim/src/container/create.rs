@@ -57,15 +57,16 @@ pub async fn create(
         paused: false,
         in_guest,
         disks: Vec::new(),
+        volumes: Vec::new(),
     };
     let mut drain = io::Drain::default();
     if in_guest {
-        let guest_spec =
-            spec::translate(spec, &request.id, &request.bundle).map_err(|e| refused(&e))?;
+        let guest_spec = spec::translate(spec, &request.bundle).map_err(|e| refused(&e))?;
         let host = io::open(&request.uris, pod.namespace(), &request.id).await;
         let host = host.map_err(|e| refused(&e))?;
         if let Err(e) = container.build(&request, guest_spec, host, console).await {
-            pod.remove_container(&request.id, &container.disks).await;
+            pod.remove_container(&request.id, &container.disks, &container.volumes)
+                .await;
             return Err(e);
         }
         drain = container
@@ -143,7 +144,7 @@ impl Container {
     }
 
     /// Root and volumes below the share, off the runtime's threads: mount(2) can take its time.
-    async fn mount_host_side(&self, request: &Request, spec: &GuestSpec) -> Result<()> {
+    async fn mount_host_side(&mut self, request: &Request, spec: &GuestSpec) -> Result<()> {
         let dir = self.pod.container_dir(&self.id);
         let layers: Vec<RootMount> = request
             .rootfs
@@ -157,14 +158,17 @@ impl Container {
             .collect();
         let bundle_root = self.bundle_root(request)?;
         let volumes = spec.mounts.clone();
-        let work = move || -> std::result::Result<(), mount::Error> {
-            mount::root(&layers, &bundle_root, &dir.join("rootfs"))?;
-            volumes
-                .iter()
-                .try_for_each(|v| mount::volume(v, &dir.join("mounts")))
+        let pod = Arc::clone(&self.pod);
+        let work = move || {
+            let mut held = Vec::new();
+            let done = mount::root(&layers, &bundle_root, &dir.join("rootfs"))
+                .and_then(|()| pod.volumes().hold(&volumes, &mut held));
+            (done, held)
         };
-        let done = tokio::task::spawn_blocking(work).await;
-        let done = done.map_err(|e| Error::chain(Kind::Unknown, &e))?;
+        let (done, held) = tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|e| Error::chain(Kind::Unknown, &e))?;
+        self.volumes = held;
         done.map_err(|e| Error::chain(Kind::Unknown, &e))
     }
 

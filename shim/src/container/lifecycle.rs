@@ -365,7 +365,9 @@ impl Container {
         self.execs.clear();
         self.init.stdio = None;
         if self.in_guest {
-            self.pod.remove_container(&self.id, &self.disks).await;
+            self.pod
+                .remove_container(&self.id, &self.disks, &self.volumes)
+                .await;
         }
         let pid = self.pid();
         self.pod.forget(&self.id);
@@ -402,9 +404,6 @@ fn exec_failed(e: ttrpc::Error) -> Error {
     if e.kind == Kind::Unavailable {
         return e;
     }
-    let text = format!(
-        "OCI runtime exec failed: exec failed: {}",
-        e.message
-    );
+    let text = format!("OCI runtime exec failed: exec failed: {}", e.message);
     Error::new(Kind::Unknown, text)
 }

@@ -41,6 +41,8 @@ pub struct Container {
     in_guest: bool,
     /// Serials of the disks that were attached for it.
     disks: Vec<String>,
+    /// Names of the pod's volumes that it uses.
+    volumes: Vec<String>,
 }
 
 /// Sends requests to a container.

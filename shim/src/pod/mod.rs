@@ -10,6 +10,7 @@ mod boot;
 mod machine;
 mod sandbox;
 mod timeline;
+mod volumes;
 
 use std::{
     collections::HashMap,
@@ -39,6 +40,7 @@ use crate::{
 use boot::BootRequest;
 use machine::Machine;
 use timeline::{Mark, Timeline};
+pub(crate) use volumes::Volumes;
 
 /// Who a pod is.
 #[derive(Debug, Clone)]
@@ -96,6 +98,7 @@ pub struct Pod {
     /// `None`: the id is taken, the container is being made.
     containers: Mutex<HashMap<String, Option<Handle>>>,
     sandbox: Mutex<Option<SandboxRequest>>,
+    volumes: Volumes,
     view: Mutex<View>,
     machine: Owner<Machine>,
     /// The VM has ended.
@@ -130,12 +133,15 @@ impl Pod {
             name: "shim".into(),
         })?;
         ledger.started(shim, std::process::id())?;
+        let share = identity.place.dir().join(virtiofs::SHARE_DIR);
+        let volumes = Volumes::new(share.join(spec::VOLUMES_DIR));
         Ok(Arc::new(Self {
             publisher: Publisher::new(events, &identity.namespace),
             timeline: Timeline::new(identity.place.dir()),
             identity,
             containers: Mutex::default(),
             sandbox: Mutex::default(),
+            volumes,
             view: Mutex::default(),
             machine: Owner::spawn(Machine::new(ledger)),
             ended: watch::Sender::new(None),
@@ -185,6 +191,11 @@ impl Pod {
     #[must_use]
     pub fn container_dir(&self, id: &str) -> PathBuf {
         self.share_dir().join(id)
+    }
+
+    /// The volumes that its containers share.
+    pub(crate) fn volumes(&self) -> &Volumes {
+        &self.volumes
     }
 
     fn share_dir(&self) -> PathBuf {
@@ -276,7 +287,7 @@ impl Pod {
         if *role == Role::Sandbox {
             return Ok(());
         }
-        let translated = spec::translate(spec.clone(), &request.id, &request.bundle);
+        let translated = spec::translate(spec.clone(), &request.bundle);
         translated
             .map_err(|e| Error::chain(Kind::InvalidArgument, &e))
             .map(|_| ())
@@ -363,7 +374,12 @@ impl Pod {
 
     /// Removes a container from the guest, its disks from the VM, and its mounts. What fails is logged:
     /// the pod's end takes the rest.
-    pub async fn remove_container(&self, id: &str, disks: &[String]) {
+    pub async fn remove_container(
+        self: &Arc<Self>,
+        id: &str,
+        disks: &[String],
+        volumes: &[String],
+    ) {
         if let Ok(guest) = self.guest()
             && let Err(e) = guest
                 .agent()
@@ -380,7 +396,12 @@ impl Pod {
             tracing::error!("{e}");
         }
         let dir = self.container_dir(id);
+        let pod = Arc::clone(self);
+        let volumes = volumes.to_vec();
         let removed = tokio::task::spawn_blocking(move || {
+            pod.volumes
+                .release(&volumes)
+                .map_err(|e| crate::error::chain(&e))?;
             crate::mount::detach(&dir).map_err(|e| crate::error::chain(&e))?;
             crate::ledger::remove_tree(&dir).map_err(|e| e.to_string())
         });

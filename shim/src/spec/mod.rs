@@ -17,7 +17,7 @@ use std::{
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 pub use devices::BlockDevice;
-pub use mounts::{HostMount, HostSource};
+pub use mounts::{HostMount, HostSource, VOLUMES_DIR};
 pub use translate::{GuestSpec, PidNamespace, translate};
 
 /// Largest `config.json` that is read. What reaches the guest is bounded by [`translate::SPEC_MAX`].

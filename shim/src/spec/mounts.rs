@@ -5,6 +5,7 @@
 
 use std::{
     fs,
+    hash::{Hash, Hasher},
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
@@ -31,10 +32,11 @@ const GUEST_TYPES: [&str; 12] = [
     "hugetlbfs",
 ];
 
-/// One thing that has to be mounted on the host, below the container's part of the share.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One thing that has to be mounted on the host, below the pod's share. Containers that want the same
+/// thing use one mount: so they see each other's changes at once, as two views of one file system.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct HostMount {
-    /// Name below `<share>/<container id>/mounts/`.
+    /// Name below `<share>/<VOLUMES_DIR>/`; the same for all containers that want the same.
     pub name: String,
     /// What.
     pub source: HostSource,
@@ -42,8 +44,11 @@ pub struct HostMount {
     pub readonly: bool,
 }
 
+/// Folder of the share that holds the volumes. No container id has an `@`.
+pub const VOLUMES_DIR: &str = "@volumes";
+
 /// See [`HostMount::source`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum HostSource {
     /// A file or directory of the host.
     Bind {
@@ -66,32 +71,32 @@ pub enum HostSource {
 }
 
 /// Rewrites the mounts of `spec` for the guest and returns what the host has to provide.
-pub(super) fn translate(
-    spec: &mut Spec,
-    container_id: &str,
-    bundle: &Path,
-) -> Result<Vec<HostMount>, Error> {
+pub(super) fn translate(spec: &mut Spec, bundle: &Path) -> Result<Vec<HostMount>, Error> {
     let mut host = Vec::new();
-    for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
-        let name = index.to_string();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
         if let Some(source) = host_source(mount, bundle)? {
-            let guest = Path::new(SHARE_DIR)
-                .join(container_id)
-                .join("mounts")
-                .join(&name);
+            let mut options = mount.options().iter().flatten();
+            let readonly = options.any(|o| o == "ro");
+            let name = volume_name(&source, readonly);
+            let guest = Path::new(SHARE_DIR).join(VOLUMES_DIR).join(&name);
             if matches!(source, HostSource::Filesystem { .. }) {
                 mount.set_options(Some(vec!["rbind".into()]));
             }
-            let options = mount.options().iter().flatten();
             host.push(HostMount {
-                readonly: options.clone().any(|o| o == "ro"),
                 name,
                 source,
+                readonly,
             });
             mount.set_source(Some(guest)).set_typ(Some("bind".into()));
         }
     }
     Ok(host)
+}
+
+fn volume_name(source: &HostSource, readonly: bool) -> String {
+    let mut hasher = std::hash::DefaultHasher::new();
+    (source, readonly).hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
 }
 
 /// What the host has to provide for `mount`; `None` where the guest does it alone (its source may have
@@ -192,24 +197,31 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let source = dir.path().to_string_lossy().into_owned();
         let mut spec = one("bind", &source, "/data", &["rbind", "ro"]);
-        let host = translate(&mut spec, "c1", Path::new("/b")).expect("translate");
-        assert_eq!(
-            host,
-            [HostMount {
-                name: "0".into(),
-                source: HostSource::Bind {
-                    path: dir.path().into(),
-                    is_dir: true,
-                    recursive: true
-                },
-                readonly: true,
-            }]
+        let host = translate(&mut spec, Path::new("/b")).expect("translate");
+        let [volume] = host.as_slice() else {
+            panic!("one volume, not {host:?}");
+        };
+        assert!(volume.readonly);
+        assert!(
+            matches!(&volume.source, HostSource::Bind { path, is_dir: true, recursive: true } if path == dir.path())
         );
         let mounts = spec.mounts().clone().expect("mounts");
+        let guest = format!("/run/sealpod/share/@volumes/{}", volume.name);
+        assert_eq!(mounts[0].source().as_deref(), Some(Path::new(&guest)));
+    }
+
+    #[test]
+    fn containers_that_want_the_same_volume_use_one_mount() {
+        let name = |source: &str, options: &[&str]| {
+            let host = translate(&mut one("bind", source, "/data", options), Path::new("/b"));
+            host.expect("translate")[0].name.clone()
+        };
         assert_eq!(
-            mounts[0].source().as_deref(),
-            Some(Path::new("/run/sealpod/share/c1/mounts/0"))
+            name("/usr", &["rbind", "rw"]),
+            name("/usr", &["rbind", "rprivate"])
         );
+        assert_ne!(name("/usr", &["rbind"]), name("/usr", &["rbind", "ro"]));
+        assert_ne!(name("/usr", &["rbind"]), name("/bin", &["rbind"]));
     }
 
     #[test]
@@ -221,7 +233,7 @@ mod tests {
             ("bind", "/dev/fuse"),
         ] {
             let mut spec = one(typ, source, "/x", &[]);
-            let host = translate(&mut spec, "c1", Path::new("/b")).expect("translate");
+            let host = translate(&mut spec, Path::new("/b")).expect("translate");
             assert!(host.is_empty(), "{typ} {source}");
         }
     }
@@ -229,7 +241,7 @@ mod tests {
     #[test]
     fn a_source_that_is_not_there_is_named() {
         let mut spec = one("bind", "/nowhere/at/all", "/data", &["rbind"]);
-        let e = translate(&mut spec, "c1", Path::new("/b"))
+        let e = translate(&mut spec, Path::new("/b"))
             .expect_err("missing")
             .to_string();
         assert!(e.contains("/nowhere/at/all") && e.contains("/data"), "{e}");

@@ -44,11 +44,11 @@ pub struct GuestSpec {
     pub skip_missing_devices: bool,
 }
 
-/// Translates `spec` of the container `id` whose bundle is `bundle`.
+/// Translates `spec` of the container whose bundle is `bundle`.
 ///
 /// # Errors
 /// [`Error`] names the part that cannot be run in a VM, or at all.
-pub fn translate(mut spec: Spec, id: &str, bundle: &Path) -> Result<GuestSpec, Error> {
+pub fn translate(mut spec: Spec, bundle: &Path) -> Result<GuestSpec, Error> {
     if spec.root().is_none() {
         return Err(Error::Missing("root"));
     }
@@ -80,7 +80,7 @@ pub fn translate(mut spec: Spec, id: &str, bundle: &Path) -> Result<GuestSpec, E
         *hooks = guest_hooks(hooks);
     }
     spec.set_annotations(None);
-    let mounts = mounts::translate(&mut spec, id, bundle)?;
+    let mounts = mounts::translate(&mut spec, bundle)?;
     let (disks, skip_missing_devices) = devices::take(&mut spec)?;
 
     let json = serde_json::to_vec(&spec).map_err(|e| Error::Unsupported(e.to_string()))?;
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn nothing_of_the_host_is_left() {
-        let g = translate(spec(SPEC), "c1", Path::new("/b")).expect("translate");
+        let g = translate(spec(SPEC), Path::new("/b")).expect("translate");
         let text = String::from_utf8(g.json).expect("utf-8");
         for host in [
             "kubepods",
@@ -198,13 +198,13 @@ mod tests {
             (r#""root":{"path":"rootfs"},"#, "", "root"),
             (r#"{"type":"mount"},"#, "", "mount"),
         ] {
-            let e = translate(spec(&SPEC.replace(from, to)), "c1", Path::new("/b"));
+            let e = translate(spec(&SPEC.replace(from, to)), Path::new("/b"));
             let e = e.map(|_| ()).expect_err(part).to_string();
             assert!(e.contains(part), "{e}");
         }
         let mut none = spec(SPEC);
         none.set_process(None);
-        let e = translate(none, "c1", Path::new("/b"))
+        let e = translate(none, Path::new("/b"))
             .map(|_| ())
             .expect_err("process");
         assert_eq!(e.to_string(), "The specification has no `process`");
@@ -215,7 +215,6 @@ mod tests {
         let long = format!(r#""args":["sh","{}"]"#, "x".repeat(10 << 20));
         let e = translate(
             spec(&SPEC.replace(r#""args":["sh"]"#, &long)),
-            "c1",
             Path::new("/b"),
         );
         let e = e.map(|_| ()).expect_err("too large").to_string();
