@@ -9,8 +9,8 @@ pub mod stats;
 pub use devices::DeviceFilter;
 pub use limits::{Setting, settings};
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -103,8 +103,13 @@ fn folder(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupEr
 }
 
 fn write(file: &Path, value: &str) -> Result<(), CgroupError> {
-    // One write(2): the kernel takes a value as a whole.
-    fs::write(file, value).map_err(|source| CgroupError::Write {
+    // One write(2): the kernel takes a value as a whole. Not created where it is missing: that would
+    // be refused with another error.
+    let written = OpenOptions::new()
+        .write(true)
+        .open(file)
+        .and_then(|mut f| f.write_all(value.as_bytes()));
+    written.map_err(|source| CgroupError::Write {
         file: file
             .strip_prefix(ROOT)
             .unwrap_or(file)
