@@ -143,7 +143,11 @@ fn after(env: &mut Env, victim: Victim, moment: Moment, id: &str) {
         });
     }
     env.ctr_remove(id);
-    env.assert_clean();
+    if moment != Moment::Create {
+        env.assert_clean();
+    }
+    // A shim that was killed before containerd knew it is never asked to delete anything: there, the
+    // next start is what cleans up.
     assert_eq!(
         env.ctr_run(&[], id, &["echo", "again"]).ok().stdout,
         "again\n"
@@ -233,7 +237,8 @@ mod bodies {
         let script = "range=$(grep r-xp /proc/1/maps | head -n 1 | cut -d ' ' -f 1); \
             from=$((0x${range%-*})); to=$((0x${range#*-})); \
             dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from/4096)) count=$(((to-from)/4096)) conv=notrunc";
-        let _ = cri.exec_sync(&c, &["sh", "-c", script], 10);
+        let done = cri.exec_sync(&c, &["sh", "-c", script], 10);
+        eprintln!("exec that kills the agent: {done:?}");
         let status = wait::until("containerd reports the end", NOTICED, || {
             let status = cri.status(&c).ok()?;
             (status.state == 2).then_some(status)
