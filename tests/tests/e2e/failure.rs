@@ -6,8 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use k8s_cri::v1::NamespaceMode;
-use sealpod_tests::{Env, Version, assets, cri::Cri, need, only_sealpod, wait};
+use sealpod_tests::{Env, Version, assets, need, only_sealpod, wait};
 
 use crate::on_every_containerd;
 
@@ -177,10 +176,7 @@ on_every_containerd!(
 
 /// The names by which the tests above are known.
 mod bodies {
-    use super::{
-        Cri, Duration, Env, Moment, NOTICED, NamespaceMode, Version, Victim, assets, need,
-        only_sealpod, survives, wait,
-    };
+    use super::{Env, Moment, Version, Victim, assets, need, only_sealpod, survives};
 
     macro_rules! cases {
         ($($name:ident $victim:ident $moment:ident),+ $(,)?) => { $(
@@ -209,45 +205,30 @@ mod bodies {
         containerd_killed_during_delete Containerd Delete,
     );
 
-    /// The agent is PID 1 of the guest: no signal from inside kills it. A privileged container that
-    /// sees the guest's processes overwrites the agent's code instead.
+    /// The agent is PID 1 of the guest: no signal from inside kills it. A container that sees the
+    /// guest's processes and may trace them overwrites the agent's code instead.
     pub(super) fn agent_killed_idle(version: Version) {
         need!(assets::complete());
         only_sealpod!();
-        let mut env = Env::new(version).unwrap();
-        let cri = Cri::connect(&mut env).unwrap();
-        let pod = cri
-            .run_pod("p", |p| {
-                let context = p.linux.as_mut().unwrap().security_context.as_mut().unwrap();
-                context.privileged = true;
-                context.namespace_options.as_mut().unwrap().pid = NamespaceMode::Node.into();
-            })
-            .unwrap();
-        let c = cri
-            .run(&pod, "c", |c| {
-                c.linux
-                    .as_mut()
-                    .unwrap()
-                    .security_context
-                    .as_mut()
-                    .unwrap()
-                    .privileged = true;
-            })
-            .unwrap();
+        let env = Env::new(version).unwrap();
         let script = "range=$(grep r-xp /proc/1/maps | head -n 1 | cut -d ' ' -f 1); \
-            from=$((0x${range%-*})); to=$((0x${range#*-})); \
-            dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from/4096)) count=$(((to-from)/4096)) conv=notrunc";
-        let done = cri.exec_sync(&c, &["sh", "-c", script], 10);
-        eprintln!("exec that kills the agent: {done:?}");
-        let status = wait::until("containerd reports the end", NOTICED, || {
-            let status = cri.status(&c).ok()?;
-            (status.state == 2).then_some(status)
+            from=$((0x${range%-*})); to=$((0x${range#*-})); echo overwriting; \
+            dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from/4096)) count=$(((to-from)/4096)) \
+            conv=notrunc; exec sleep 1000";
+        let done = env.ctr_run_spec(|spec| {
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|n| n["type"] != "pid");
+            let process = &mut spec["process"];
+            process["args"] = serde_json::json!(["sh", "-c", script]);
+            for set in ["bounding", "effective", "permitted"] {
+                let set = process["capabilities"][set].as_array_mut().unwrap();
+                set.push("CAP_SYS_PTRACE".into());
+            }
         });
-        assert_ne!(status.exit_code, 0);
-        wait::until("the VM is gone", Duration::from_secs(10), || {
-            env.processes(Victim::Vm.mark()).is_empty().then_some(())
-        });
-        cri.remove_pod(&pod).unwrap();
+        assert!(done.stdout.contains("overwriting"), "{}", done.text());
+        assert_ne!(done.code, 0, "{}", done.text());
+        assert_ne!(done.code, 124, "the client hung: {}", done.text());
+        assert!(env.processes(Victim::Vm.mark()).is_empty());
         env.assert_clean();
     }
 }
