@@ -4,7 +4,7 @@
 # program gives the same bytes anywhere: fixed order, times, owners and inode numbers, no root needed.
 # The layout of the guest's root belongs here; what runs in it does not.
 #
-#   pack.sh [--init FILE] [--out FILE]    default: the release build of the agent, initramfs.cpio
+#   pack.sh [--init FILE] [--out FILE]    default: the agent as agent/build.sh leaves it, initramfs.cpio
 #   pack.sh --floor [--out FILE]          poweroff-init, built on the spot, floor.cpio
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -50,7 +50,7 @@ build_floor() {
 		-Wl,-z,noseparate-code -s -o "$1" "$here/poweroff-init.c"
 }
 
-init=$here/../target/release/sealpod-agent out=$guest/initramfs.cpio floor=
+init=$guest/sealpod-agent out=$guest/initramfs.cpio floor=
 while [ $# -gt 0 ]; do
 	case $1 in
 	--init) init=${2:?--init needs a file}; shift 2 ;;
