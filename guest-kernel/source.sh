@@ -72,7 +72,8 @@ unpack() {
 # machine's apt is changed, and no root is needed.
 debian_package() {
 	local dir=$cache/guest-kernel/package
-	deb=$(find "$dir" -maxdepth 1 -name "$package"'_*.deb' 2>/dev/null | sort -V | tail -1)
+	mkdir -p "$dir"
+	deb=$(find "$dir" -maxdepth 1 -name "$package"'_*.deb' | sort -V | tail -1)
 	[ -z "$deb" ] || return 0
 	command -v apt-get >/dev/null ||
 		die "no apt-get here: name a Linux 6.12 source folder or tarball with KERNEL_SOURCE="
