@@ -103,9 +103,10 @@ fn folder(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupEr
 }
 
 fn write(file: &Path, value: &str) -> Result<(), CgroupError> {
-    // One write(2): the kernel takes a value as a whole. Not created where it is missing: that would
-    // be refused with another error.
-    let written = OpenOptions::new()
+    // Not fs::write: it would make the file, which cgroupfs refuses with EACCES in place of ENOENT. One
+    // write(2): the kernel takes a value as a whole.
+    let mut open = fs::OpenOptions::new();
+    let written = open
         .write(true)
         .open(file)
         .and_then(|mut f| f.write_all(value.as_bytes()));
@@ -353,4 +354,19 @@ pub(crate) fn read_file(path: &Path) -> io::Result<String> {
 #[must_use]
 pub fn is_not_a_leaf(errno: Errno) -> bool {
     matches!(errno, Errno::EBUSY | Errno::EOPNOTSUPP)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_controllers_file_is_not_made() {
+        let dir = tempfile::tempdir().expect("folder");
+        let error = write(&dir.path().join("memory.swap.max"), "0").expect_err("missing");
+        let CgroupError::Write { source, .. } = error else {
+            panic!("a write error")
+        };
+        assert_eq!(source.kind(), io::ErrorKind::NotFound);
+    }
 }

@@ -18,8 +18,8 @@ pub enum ContainerError {
     /// Not in this state.
     #[error("{0}")]
     State(String),
-    /// The process has ended.
-    #[error("process already finished")]
+    /// The process has ended. (containerd's clients look for the last two words.)
+    #[error("process already finished: not found")]
     Finished,
     /// It was forgotten while it was waited for.
     #[error("the process was deleted")]

@@ -53,7 +53,7 @@ pub(crate) async fn a_killed_container_reports_the_signal(guest: &Guest) -> Outc
     );
     let (code, text) = refusal(guest.kill("", 15, false).await)?;
     ensure!(code == Code::NOT_FOUND, "{code:?}");
-    ensure!(text == "process already finished", "{text}");
+    ensure!(text == "process already finished: not found", "{text}");
     guest.delete("c1").await?;
     Ok(())
 }
