@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use sealpod_protocol::{SHARE_DIR, SHARE_TAG};
 
+use crate::container::plan::{MountKind, MountPlan};
+
 /// Mounts the share, which the shim serves by virtiofs.
 ///
 /// # Errors
@@ -21,6 +23,20 @@ pub fn attach() -> io::Result<()> {
         None::<&str>,
     )?;
     Ok(())
+}
+
+/// Looks into the volumes that `mounts` take from the share, here where every container's mounts are
+/// copied from. A mount of the host becomes one of the guest when it is first looked into, with caches
+/// of its own: looked into by each container, one volume would be several that do not agree.
+pub fn look_into(mounts: &[MountPlan]) {
+    for mount in mounts {
+        if let MountKind::Bind { source, .. } = &mount.kind
+            && source.starts_with(SHARE_DIR)
+        {
+            // What is not there is told when it is to be mounted.
+            let _ = std::fs::metadata(source);
+        }
+    }
 }
 
 /// Lets go of the file systems that a container's folder of the share consists of: each mount of the

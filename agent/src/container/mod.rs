@@ -130,6 +130,7 @@ impl Containers {
             rootfs,
             request.terminal.then_some(terminal),
         )?;
+        crate::share::look_into(&plan.mounts);
         guest_devices::check(&mut plan, request.skip_missing_devices)?;
         guest_devices::add_block_devices(&mut plan, &request.block_devices).await?;
 
