@@ -206,7 +206,7 @@ mod bodies {
         });
         let done = env.ctr(&["task", "kill", &id]);
         assert_ne!(done.code, 0);
-        assert_names(&done.text(), &["not found"]);
+        assert_names(&done.text(), &["process already finished"]);
         let done = env.ctr_exec(&id, "e", &["true"]);
         assert_ne!(done.code, 0);
         env.ctr_remove(&id);
