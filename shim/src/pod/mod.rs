@@ -259,7 +259,14 @@ impl Pod {
         config: Option<String>,
     ) -> Result<Handle> {
         let wrong = |e: spec::Error| Error::chain(Kind::InvalidArgument, &e);
-        let spec = spec::load(&request.bundle).map_err(wrong)?;
+        let mut spec = spec::load(&request.bundle).map_err(wrong)?;
+        let by_cri = lock(&self.sandbox)
+            .as_ref()
+            .is_some_and(|s| s.pod.is_some());
+        if by_cri {
+            let added = sandbox::add_mounts(&mut spec, self.identity.place.dir());
+            added.map_err(|e| Error::chain(Kind::InvalidArgument, &e))?;
+        }
         let role = spec::role(&spec::annotations(&spec)).map_err(wrong)?;
         let own = !matches!(role, Role::Member { .. });
         if own && request.id != self.id() {
@@ -324,6 +331,10 @@ impl Pod {
         let request = lock(&self.sandbox).clone();
         let request = request
             .ok_or_else(|| Error::not_found(format!("sandbox {:?} not found", self.id())))?;
+        if let Some(pod) = &request.pod {
+            let written = sandbox::write_files(self.identity.place.dir(), pod);
+            written.map_err(|e| Error::chain(Kind::Unknown, &e))?;
+        }
         let boot = sandbox::boot_request(self.id(), request)?;
         self.boot(boot).await?;
         self.connect_network().await?;

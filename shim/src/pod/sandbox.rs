@@ -1,12 +1,14 @@
 //! A sandbox of the Sandbox API, in the terms that a sandbox container's specification would have used:
 //! from there on there is one way to boot a pod.
 
+use std::{fs, io, os::unix::fs::DirBuilderExt, path::Path};
+
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
     LinuxBuilder, LinuxCpuBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxResourcesBuilder, Spec,
+    LinuxResourcesBuilder, MountBuilder, Spec,
 };
-use sealpod_protocol::cri::PodSandboxConfig;
+use sealpod_protocol::{SANDBOX_SHM_DIR, cri::PodSandboxConfig};
 
 use super::{SandboxRequest, boot::BootRequest};
 use crate::{
@@ -79,12 +81,119 @@ fn from_cri(id: &str, pod: &PodSandboxConfig) -> std::result::Result<Spec, OciSp
     Ok(spec)
 }
 
+/// Folder of the pod's that holds the files that its containers share.
+const FILES_DIR: &str = "etc";
+/// Where the sandbox's files appear in its containers.
+const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+
+/// Writes what containerd's own sandbox would have written for the containers of `pod`: host name,
+/// hosts and resolver, below the pod's folder `dir`.
+pub(super) fn write_files(dir: &Path, pod: &PodSandboxConfig) -> io::Result<()> {
+    let dir = dir.join(FILES_DIR);
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(&dir)?;
+    let of_host = |name: &str| match fs::read(Path::new("/etc").join(name)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other,
+    };
+    fs::write(dir.join("hostname"), format!("{}\n", pod.hostname))?;
+    fs::write(dir.join("hosts"), of_host("hosts")?)?;
+    let dns = &pod.dns_config;
+    let line = |word: &str, all: &[String]| match all {
+        [] => String::new(),
+        some => format!("{word} {}\n", some.join(" ")),
+    };
+    let mut resolv = line("search", &dns.searches);
+    resolv.extend(dns.servers.iter().map(|s| format!("nameserver {s}\n")));
+    resolv.push_str(&line("options", &dns.options));
+    let resolv = if resolv.is_empty() {
+        of_host("resolv.conf")?
+    } else {
+        resolv.into_bytes()
+    };
+    fs::write(dir.join("resolv.conf"), resolv)
+}
+
+/// Gives the container of `spec` the files that [`write_files`] wrote in `dir`, and the pod's shared
+/// memory, where it does not bring its own.
+pub(super) fn add_mounts(spec: &mut Spec, dir: &Path) -> std::result::Result<(), OciSpecError> {
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        let is_tmpfs = mount.typ().as_deref() == Some("tmpfs");
+        if mount.destination() == Path::new("/dev/shm") && is_tmpfs {
+            mount
+                .set_typ(Some("bind".into()))
+                .set_source(Some(SANDBOX_SHM_DIR.into()))
+                .set_options(Some(
+                    ["rbind", "nosuid", "nodev", "noexec"]
+                        .map(String::from)
+                        .into(),
+                ));
+        }
+    }
+    for name in FILES {
+        let destination = Path::new("/etc").join(name);
+        if mounts.iter().any(|m| *m.destination() == destination) {
+            continue;
+        }
+        let mount = MountBuilder::default()
+            .typ("bind")
+            .source(dir.join(FILES_DIR).join(name))
+            .destination(destination)
+            .options(["rbind", "rprivate"].map(String::from).to_vec());
+        mounts.push(mount.build()?);
+    }
+    spec.set_mounts(Some(mounts));
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use sealpod_protocol::cri::{LinuxContainerResources, LinuxPodSandboxConfig};
+    use sealpod_protocol::cri::{DNSConfig, LinuxContainerResources, LinuxPodSandboxConfig};
 
     use super::*;
     use crate::sizing;
+
+    #[test]
+    fn a_container_gets_the_pods_files_unless_it_brings_its_own() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let pod = PodSandboxConfig {
+            hostname: "web".into(),
+            dns_config: Some(DNSConfig {
+                servers: vec!["10.0.0.10".into()],
+                searches: vec!["a.local".into(), "b.local".into()],
+                options: vec!["ndots:5".into()],
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        write_files(dir.path(), &pod).expect("files");
+        let resolv = std::fs::read_to_string(dir.path().join("etc/resolv.conf")).expect("file");
+        assert_eq!(
+            resolv,
+            "search a.local b.local\nnameserver 10.0.0.10\noptions ndots:5\n"
+        );
+        let mut spec: Spec = serde_json::from_str(
+            r#"{"ociVersion":"1.0.2","mounts":[{"destination":"/dev/shm","type":"tmpfs","source":"shm"},
+               {"destination":"/etc/hosts","type":"bind","source":"/mine"}]}"#,
+        )
+        .expect("spec");
+        add_mounts(&mut spec, dir.path()).expect("mounts");
+        let source = |d: &str| {
+            let all = spec.mounts().clone().unwrap_or_default();
+            let found = all.into_iter().find(|m| m.destination() == Path::new(d));
+            found.and_then(|m| m.source().clone())
+        };
+        assert_eq!(source("/etc/hosts"), Some("/mine".into()));
+        assert_eq!(
+            source("/etc/resolv.conf"),
+            Some(dir.path().join("etc/resolv.conf"))
+        );
+        assert_eq!(source("/dev/shm"), Some(SANDBOX_SHM_DIR.into()));
+    }
 
     #[test]
     fn a_cri_pods_name_limits_and_cgroup_reach_the_boot() {

@@ -130,7 +130,7 @@ fn host_source(mount: &mut Mount, bundle: &Path) -> Result<Option<HostSource>, E
         });
     };
     let path = bundle.join(source);
-    if is_guests_own(&path) {
+    if is_guests_own(&path) || path == Path::new(SANDBOX_SHM_DIR) {
         return Ok(None);
     }
     let metadata = fs::metadata(&path).map_err(|e| Error::Value {
