@@ -103,10 +103,9 @@ fn folder(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupEr
 }
 
 fn write(file: &Path, value: &str) -> Result<(), CgroupError> {
-    // Not fs::write: it would make the file, which cgroupfs refuses with EACCES in place of ENOENT. One
-    // write(2): the kernel takes a value as a whole.
-    let mut open = fs::OpenOptions::new();
-    let written = open
+    // One write(2): the kernel takes a value as a whole. Not created where it is missing: cgroupfs would
+    // refuse that with EACCES.
+    let written = OpenOptions::new()
         .write(true)
         .open(file)
         .and_then(|mut f| f.write_all(value.as_bytes()));
