@@ -466,7 +466,9 @@ impl Pod {
 
     /// containerd has no more use for this process: ends it once no container is left, or `now`.
     pub async fn shutdown(self: &Arc<Self>, now: bool) {
-        if !now && !lock(&self.containers).is_empty() {
+        // A pod of the Sandbox API lives without containers, until its sandbox is shut down.
+        let used = !lock(&self.containers).is_empty() || lock(&self.sandbox).is_some();
+        if used && !now {
             return;
         }
         self.stop_vm().await;
