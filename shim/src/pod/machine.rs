@@ -17,6 +17,9 @@ use crate::{
     vm::{self, Vm},
 };
 
+/// When the file server is seen to end, how long the VM may take to be the cause of it.
+const VM_FOLLOWS: Duration = Duration::from_millis(300);
+
 /// What a pod holds of the host, as far as it got it.
 #[derive(Default)]
 pub(super) struct Taken {
@@ -195,8 +198,16 @@ impl Machine {
         let watched = Arc::clone(pod);
         tokio::spawn(async move {
             let reason = tokio::select! {
+                // A VM that ends takes its file server along: then the VM's reason is the reason.
+                biased;
                 exit = vm.wait() => exit.to_string(),
-                exit = virtiofsd.wait() => format!("its file server ended: {exit}"),
+                exit = virtiofsd.wait() => {
+                    let wrote = virtiofsd.output().join(" | ");
+                    match tokio::time::timeout(VM_FOLLOWS, vm.wait()).await {
+                        Ok(ended) => format!("{ended}; its file server: {exit}: {wrote}"),
+                        Err(_) => format!("its file server ended: {exit}: {wrote}"),
+                    }
+                }
             };
             tracing::info!(pod = watched.id(), "VM ended: {reason}");
             let pod = Arc::clone(&watched);
@@ -228,7 +239,7 @@ async fn report_events(pod: Arc<Pod>) {
             Ok(event) => {
                 // The guest may only name containers that are there.
                 if let Some(EventKind::Oom(oom)) = event.kind
-                    && pod.container(&oom.container_id).is_ok()
+                    && pod.has(&oom.container_id)
                 {
                     let event = TaskOOM {
                         container_id: oom.container_id,

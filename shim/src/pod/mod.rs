@@ -101,6 +101,8 @@ pub struct Pod {
     volumes: Volumes,
     view: Mutex<View>,
     machine: Owner<Machine>,
+    /// Told when a container has been made, or could not be.
+    made: watch::Sender<()>,
     /// The VM has ended.
     ended: watch::Sender<Option<Exit>>,
     /// The process may end.
@@ -144,6 +146,7 @@ impl Pod {
             volumes,
             view: Mutex::default(),
             machine: Owner::spawn(Machine::new(ledger)),
+            made: watch::Sender::new(()),
             ended: watch::Sender::new(None),
             finished: watch::Sender::new(false),
         }))
@@ -202,13 +205,28 @@ impl Pod {
         self.identity.place.dir().join(virtiofs::SHARE_DIR)
     }
 
-    /// The container `id`.
+    /// The container `id`. Waits for one that is being made: who asks for it wants to know how it is,
+    /// or to end it, not that it is not there yet.
     ///
     /// # Errors
     /// Not found.
-    pub fn container(&self, id: &str) -> Result<Handle> {
-        let handle = lock(&self.containers).get(id).cloned().flatten();
-        handle.ok_or_else(|| Error::not_found(format!("task {id:?} not found")))
+    pub async fn container(&self, id: &str) -> Result<Handle> {
+        let mut made = self.made.subscribe();
+        loop {
+            match lock(&self.containers).get(id) {
+                Some(Some(handle)) => return Ok(handle.clone()),
+                Some(None) => {}
+                None => return Err(Error::not_found(format!("task {id:?} not found"))),
+            }
+            // `self` holds the sender.
+            let _ = made.changed().await;
+        }
+    }
+
+    /// Whether `id` is a container that is there, or being made.
+    #[must_use]
+    pub fn has(&self, id: &str) -> bool {
+        lock(&self.containers).contains_key(id)
     }
 
     /// Makes a container, and the VM with the first one. Returns the task's pid.
@@ -240,10 +258,12 @@ impl Pod {
         match self.create_reserved(request, config).await {
             Ok(handle) => {
                 lock(&self.containers).insert(id, Some(handle));
+                self.made.send_replace(());
                 Ok(self.vm_pid())
             }
             Err(e) => {
                 self.forget(&id);
+                self.made.send_replace(());
                 let last = lock(&self.containers).is_empty() && lock(&self.sandbox).is_none();
                 if last {
                     self.stop_vm().await;

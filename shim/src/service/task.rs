@@ -38,8 +38,8 @@ impl TaskService {
         Self { pod }
     }
 
-    fn task(&self, id: &str) -> Result<Handle> {
-        Ok(self.pod.container(id)?)
+    async fn task(&self, id: &str) -> Result<Handle> {
+        Ok(self.pod.container(id).await?)
     }
 }
 
@@ -58,7 +58,7 @@ fn json<T: serde::de::DeserializeOwned + Serialize>(
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, r: StateRequest) -> Result<StateResponse> {
-        let s = self.task(&r.id)?.state(r.exec_id.clone()).await?;
+        let s = self.task(&r.id).await?.state(r.exec_id.clone()).await?;
         Ok(StateResponse {
             id: r.id,
             bundle: s.bundle,
@@ -100,13 +100,13 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, r: StartRequest) -> Result<StartResponse> {
         Ok(StartResponse {
-            pid: self.task(&r.id)?.start(r.exec_id).await?,
+            pid: self.task(&r.id).await?.start(r.exec_id).await?,
             ..Default::default()
         })
     }
 
     async fn delete(&self, _: &TtrpcContext, r: DeleteRequest) -> Result<DeleteResponse> {
-        let (exit, pid) = self.task(&r.id)?.delete(r.exec_id).await?;
+        let (exit, pid) = self.task(&r.id).await?.delete(r.exec_id).await?;
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -116,7 +116,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, r: PidsRequest) -> Result<PidsResponse> {
-        let processes = self.task(&r.id)?.pids().await?.into_iter();
+        let processes = self.task(&r.id).await?.pids().await?.into_iter();
         let info = processes.map(|(pid, exec_id)| {
             let details = (!exec_id.is_empty()).then(|| Any {
                 type_url: PROCESS_DETAILS.into(),
@@ -141,24 +141,27 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> Result<Empty> {
-        self.task(&r.id)?.set_paused(true).await?;
+        self.task(&r.id).await?.set_paused(true).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> Result<Empty> {
-        self.task(&r.id)?.set_paused(false).await?;
+        self.task(&r.id).await?.set_paused(false).await?;
         Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, r: CheckpointTaskRequest) -> Result<Empty> {
-        self.task(&r.id)?;
+        self.task(&r.id).await?;
         let text = "Checkpoint is not supported: a container lives in a VM, whose state cannot be \
                     restored elsewhere container by container";
         Err(Error::new(Kind::Unimplemented, text).into())
     }
 
     async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> Result<Empty> {
-        self.task(&r.id)?.kill(r.exec_id, r.signal, r.all).await?;
+        self.task(&r.id)
+            .await?
+            .kill(r.exec_id, r.signal, r.all)
+            .await?;
         Ok(Empty::new())
     }
 
@@ -170,19 +173,20 @@ impl Task for TaskService {
             stderr: r.stderr,
             terminal: r.terminal,
         };
-        self.task(&r.id)?.exec(r.exec_id, uris, spec).await?;
+        self.task(&r.id).await?.exec(r.exec_id, uris, spec).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, r: ResizePtyRequest) -> Result<Empty> {
-        self.task(&r.id)?
+        self.task(&r.id)
+            .await?
             .resize(r.exec_id, r.width, r.height)
             .await?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, _: &TtrpcContext, r: CloseIORequest) -> Result<Empty> {
-        let task = self.task(&r.id)?;
+        let task = self.task(&r.id).await?;
         if r.stdin {
             task.close_stdin(r.exec_id).await?;
         }
@@ -190,7 +194,7 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, r: UpdateTaskRequest) -> Result<Empty> {
-        let task = self.task(&r.id)?;
+        let task = self.task(&r.id).await?;
         let resources = json::<oci_spec::runtime::LinuxResources>(
             "The resources to set",
             r.resources.as_ref(),
@@ -200,7 +204,7 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _: &TtrpcContext, r: WaitRequest) -> Result<WaitResponse> {
-        let exit = self.task(&r.id)?.wait(r.exec_id).await?;
+        let exit = self.task(&r.id).await?.wait(r.exec_id).await?;
         Ok(WaitResponse {
             exit_status: exit.status,
             exited_at: Some(clock::timestamp(exit.at_ns)).into(),
@@ -210,16 +214,17 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, r: StatsRequest) -> Result<StatsResponse> {
         Ok(StatsResponse {
-            stats: Some(self.task(&r.id)?.stats().await?).into(),
+            stats: Some(self.task(&r.id).await?.stats().await?).into(),
             ..Default::default()
         })
     }
 
     async fn connect(&self, _: &TtrpcContext, r: ConnectRequest) -> Result<ConnectResponse> {
-        let task_pid = match self.pod.container(&r.id) {
-            Ok(task) => task.state(String::new()).await?.pid,
-            // containerd asks before the first task is there, too.
-            Err(_) => 0,
+        // containerd asks before the first task is there, too: then there is no VM yet.
+        let task_pid = if self.pod.has(&r.id) {
+            self.pod.vm_pid()
+        } else {
+            0
         };
         Ok(ConnectResponse {
             shim_pid: std::process::id(),

@@ -63,7 +63,7 @@ mod bodies {
     pub(super) fn a_container_without_a_network_has_loopback(version: Version) {
         need!(assets::complete());
         let env = Env::new(version).unwrap();
-        let script = "ip -o addr | cut -d ' ' -f 2 | sort -u; httpd -p 127.0.0.1:80 -h /www; wget -q -O - http://127.0.0.1/";
+        let script = "ip -o -4 addr | cut -d ' ' -f 2 | sort -u; httpd -p 127.0.0.1:80 -h /www; wget -q -O - http://127.0.0.1/";
         let done = env.ctr_run(&[], &env.id("a"), &["sh", "-c", script]);
         // runc leaves loopback down without CNI; a guest's own is up.
         if assets::runtime() == assets::SEALPOD_RUNTIME {
