@@ -24,6 +24,8 @@ use crate::{
 pub(super) const LISTENER_FD: i32 = 3;
 /// Threads that wait for blocking calls (mounts, name space changes); they end when idle.
 const BLOCKING_THREADS: usize = 8;
+/// For the reply to the request that ends this process.
+const LAST_REPLY: std::time::Duration = std::time::Duration::from_millis(100);
 /// Stack of the runtime's threads, bytes. Small: the process is there once for each pod.
 const STACK: usize = 512 << 10;
 
@@ -100,7 +102,8 @@ async fn serve_pod(args: &Args, listener: UnixListener) -> Result<(), Error> {
         });
     }
     pod.finished().await;
-    // Replies that are under way (the one to `Shutdown` itself) are sent before this returns.
+    // ttrpc says nothing of replies that are written; the one to `Shutdown` itself is under way.
+    tokio::time::sleep(LAST_REPLY).await;
     if let Err(e) = server.shutdown().await {
         tracing::debug!("{e}");
     }

@@ -255,6 +255,20 @@ impl Pod {
             }
             containers.insert(id.clone(), None);
         }
+        // A task of its own: a client that goes away (containerd restarts) drops the request, and a
+        // container must be made or not made, never forgotten half way.
+        let pod = Arc::clone(self);
+        let making = tokio::spawn(async move { pod.make(id, request, config).await });
+        making.await.map_err(|e| Error::chain(Kind::Unknown, &e))?
+    }
+
+    /// Makes the container whose id is reserved, or gives the id back.
+    async fn make(
+        self: Arc<Self>,
+        id: String,
+        request: CreateRequest,
+        config: Option<String>,
+    ) -> Result<u32> {
         match self.create_reserved(request, config).await {
             Ok(handle) => {
                 lock(&self.containers).insert(id, Some(handle));
