@@ -42,7 +42,7 @@ lint: ## Format, clippy, documentation
 	$(SAY) "format, clippy, documentation"
 	@cargo fmt --all --check
 	@cargo clippy -q --workspace --all-targets -- -D warnings
-	@RUSTDOCFLAGS=-Dwarnings cargo doc -q --workspace --no-deps --document-private-items
+	@RUSTDOCFLAGS="-Dwarnings -Arustdoc::private-intra-doc-links" cargo doc -q --workspace --no-deps --document-private-items
 
 bench: build ## Measure starts, execs and memory against runc: target/bench/start.json
 	@$(SETUP) clients

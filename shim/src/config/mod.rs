@@ -1,5 +1,5 @@
 //! sealpod.toml: what a node's administrator may decide. Types, defaults and limits; reading and
-//! merging files is [`load`]. `configs/sealpod.toml` documents every key; a test keeps the two in step.
+//! merging files is [`load()`]. `configs/sealpod.toml` documents every key; a test keeps the two in step.
 
 mod load;
 

@@ -1,6 +1,6 @@
 //! The pod's ledger: every resource a pod takes from the host is written here *before* it is taken,
 //! so that whoever comes after a crash can undo it all without luck. Only this module writes
-//! `<pod dir>/ledger.jsonl`; undoing is [`clean`].
+//! `<pod dir>/ledger.jsonl`; undoing is [`clean()`].
 //!
 //! One JSON object a line, each written by one `write(2)` to a file opened with `O_APPEND`:
 //!
