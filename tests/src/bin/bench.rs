@@ -58,44 +58,44 @@ fn exec(env: &Env, id: &str, round: usize) -> Result<f64> {
     Ok(time)
 }
 
-/// The same kernel and QEMU with an init that ends the VM at once.
-fn floor() -> Result<f64> {
+/// What the running pod's QEMU was started with: machine, processor and kernel command line.
+fn vm_arguments(env: &Env) -> Result<Vec<String>> {
+    let vm = env.processes("qemu-system").pop().context("no VM runs")?;
+    let words = std::fs::read_to_string(env.namespaces.path(&format!("/proc/{}/cmdline", vm.pid)))?;
+    let words: Vec<&str> = words.split('\0').collect();
+    let mut kept = Vec::new();
+    for pair in words.windows(2) {
+        if ["-machine", "-accel", "-cpu", "-smp", "-bios", "-append"].contains(&pair[0]) {
+            // The floor has a plain memory of its own.
+            kept.extend([
+                pair[0].to_owned(),
+                pair[1].replace("memory-backend=mem,", ""),
+            ]);
+        }
+    }
+    Ok(kept)
+}
+
+/// The same kernel and QEMU, no devices, with an init that ends the VM at once.
+fn floor(arguments: &[String]) -> Result<f64> {
     let guest = assets::target().join("guest");
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args([
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max",
-            "-smp",
-            "1",
-            "-m",
-            "256",
-        ])
-        .args([
-            "-machine",
-            "q35,hpet=off,smbus=off,sata=off,usb=off,vmport=off",
-        ])
         .args([
             "-nodefaults",
             "-no-user-config",
             "-display",
             "none",
             "-no-reboot",
-            "-bios",
-            "qboot.rom",
+            "-m",
+            "256",
         ])
+        .args(arguments)
         .arg("-kernel")
         .arg(guest.join("vmlinux"))
         .arg("-initrd")
         .arg(guest.join("floor.cpio"))
-        .args([
-            "-serial",
-            "stdio",
-            "-append",
-            "console=ttyS0 quiet reboot=t mitigations=off",
-        ])
+        .args(["-serial", "stdio"])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     let begin = Instant::now();
@@ -132,15 +132,17 @@ fn memfd_pss_kib(proc_dir: &Path) -> u64 {
 
 /// Memory of one idle pod, seen from the host and from inside.
 fn memory(env: &mut Env) -> Result<Value> {
-    use k8s_cri::v1::NamespaceMode;
-    let cri = Cri::connect(env)?;
-    let pod = cri.run_pod("memory", |p| {
-        let context = p.linux.as_mut().and_then(|l| l.security_context.as_mut());
-        if let Some(options) = context.and_then(|c| c.namespace_options.as_mut()) {
-            // Sees the guest's own processes, the agent among them.
-            options.pid = NamespaceMode::Node.into();
+    // A container without a PID namespace of its own sees the guest's, where the agent is process 1.
+    let read = "grep VmRSS /proc/1/status | tr -dc 0-9";
+    let agent = env.ctr_run_spec(|spec| {
+        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+            namespaces.retain(|n| n["type"] != "pid");
         }
-    })?;
+        spec["process"]["args"] = json!(["sh", "-c", read]);
+    });
+    let agent: u64 = agent.stdout.trim().parse().with_context(|| agent.text())?;
+    let cri = Cri::connect(env)?;
+    let pod = cri.run_pod("memory", |_| {})?;
     let container = cri.run(&pod, "c", |_| {})?;
     let kib = |script: &str| -> Result<u64> {
         cri.sh(&container, script)
@@ -148,7 +150,6 @@ fn memory(env: &mut Env) -> Result<Value> {
             .parse()
             .context(script.to_owned())
     };
-    let agent = kib("grep VmRSS /proc/1/status | tr -dc 0-9")?;
     let used = "awk '/MemTotal/ {t=$2} /MemAvailable/ {a=$2} END {print t-a}' /proc/meminfo";
     let used = kib(used)?;
     let total = kib("awk '/MemTotal/ {print $2}' /proc/meminfo")?;
@@ -230,10 +231,11 @@ fn main() -> Result<()> {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         ensure!(env.run("ctr", &args).code == 0, "{name} does not start");
     }
+    let arguments = vm_arguments(&env)?;
     // Round 0 warms caches and is not counted.
     for round in 0..=rounds {
         eprint!("\rround {round} of {rounds}");
-        let floor = floor()?;
+        let floor = floor(&arguments)?;
         if round > 0 {
             floors.push(floor);
         }
