@@ -54,7 +54,7 @@ append="console=ttyS0 quiet reboot=t noreplace-smp tsc=reliable tsc_early_khz=$(
 append=$(echo $append)
 boot() {
 	# shellcheck disable=SC2086
-	qemu-system-x86_64 -accel tcg,thread=multi -machine "$machine" -cpu max,-erms,-fsrm -smp 1 -m 256 \
+	qemu-system-x86_64 -accel tcg,thread=multi -machine "$machine" -cpu max -smp 1 -m 256 \
 		-nodefaults -no-user-config -display none -no-reboot -bios qboot.rom \
 		-kernel "$kernel" -initrd "$floor" -serial stdio ${QEMU_ARGS:-} \
 		-append "$append ${APPEND:-} $1" </dev/null
