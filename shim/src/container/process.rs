@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::{
     error::Result,
-    guest::Guest,
+    guest::{Guest, GuestError},
     io::{GuestEnds, HostEnds, Stdio, Uris},
 };
 
@@ -97,8 +97,13 @@ pub(super) async fn attach(
         open(stdout, Kind::Stdout),
         open(stderr, Kind::Stderr)
     );
+    // A process that has ended already takes no input; what it wrote is still there to be read.
+    let stdin = match stdin {
+        Err(GuestError::Stream { .. }) => None,
+        other => other?,
+    };
     let ends = GuestEnds {
-        stdin: stdin?,
+        stdin,
         stdout: stdout?,
         stderr: stderr?,
     };

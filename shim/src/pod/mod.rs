@@ -515,8 +515,14 @@ impl Pod {
         let mut finished = self.finished.subscribe();
         // `self` holds the sender.
         let _ = finished.wait_for(|f| *f).await;
-        // The folder goes last: with it goes the socket that a new start would look for.
-        if let Err(e) = crate::ledger::remove_tree(self.identity.place.dir()) {
+        // The folder goes last: with it goes the socket that a new start would look for. The share and
+        // what is left in it are mounts of this process, which hold the folder until they are gone.
+        let dir = self.identity.place.dir().to_owned();
+        let removed = tokio::task::spawn_blocking(move || {
+            crate::mount::detach(&dir).map_err(|e| crate::error::chain(&e))?;
+            crate::ledger::remove_tree(&dir).map_err(|e| e.to_string())
+        });
+        if let Ok(Err(e)) = removed.await {
             tracing::warn!("Pod's folder not removed: {e}");
         }
     }
