@@ -280,7 +280,9 @@ impl Pod {
                 self.made.send_replace(());
                 let last = lock(&self.containers).is_empty() && lock(&self.sandbox).is_none();
                 if last {
+                    // Nobody may ever ask for the end: the client that wanted the pod can be gone.
                     self.stop_vm().await;
+                    self.finished.send_replace(true);
                 }
                 Err(e)
             }
