@@ -12,6 +12,9 @@ use super::exec::{Failed, Stage, check};
 use super::jail::Step;
 
 /// Mounts `source` (or nothing) on `target`.
+///
+/// # Safety
+/// Only in a process just cloned with a mount namespace of its own: it changes what the caller sees.
 unsafe fn mount(
     source: Option<&CStr>,
     target: &CStr,
