@@ -2,4 +2,5 @@
 //! virtqueues and not against one hypervisor. Today that is the user-space vsock engine; the
 //! built-in VMM will live here too.
 
+pub mod virtio;
 pub mod vsock;
