@@ -2,8 +2,10 @@
 //!
 //! One vsock connection, dialled by the agent to [`AGENT_PORT`] of the host, carries ttrpc with the
 //! agent as server (`proto/agent.proto`). Each standard stream of a process is a connection that the
-//! shim opens to [`STREAM_PORT`] of the guest ([`streams`]).
+//! shim opens to [`STREAM_PORT`] of the guest ([`streams`]). A guest without a TEE asks [`SIMULATOR_PORT`]
+//! for evidence where a simulator stands in for one ([`simulator`]).
 
+pub mod simulator;
 pub mod streams;
 
 /// Version of `proto/agent.proto`. Raised by every change that the other side must know of.
@@ -13,6 +15,8 @@ pub const PROTOCOL_VERSION: u32 = 1;
 pub const AGENT_PORT: u32 = 1024;
 /// Guest port on which the agent accepts stream connections.
 pub const STREAM_PORT: u32 = 1025;
+/// Host port (CID 2) of the TEE simulator, while the shim runs one.
+pub const SIMULATOR_PORT: u32 = 1026;
 /// CID of every guest. Each VM has its own vsock engine, so one number serves all.
 pub const GUEST_CID: u64 = 3;
 
