@@ -1,11 +1,13 @@
 # The commands of the project. Each does all of its own set-up on a Debian 12 machine with Rust, as
 # root, and shows progress on what takes long; a second run repeats nothing.
-.PHONY: help build guest-kernel guest demo test lint bench shell install clean
+.PHONY: help build guest-kernel guest demo test lint bench lab shell install clean
 .DEFAULT_GOAL := help
 
 PREFIX ?= /usr/local
 # containerd of `make demo`, `make bench` and `make shell`: 1.6, 1.7 or 2.1
 CONTAINERD ?= 1.7
+# program of `make lab`
+RUN ?= target/release/sealpod check
 SETUP := tests/setup/setup.sh
 SAY := @printf '\033[1m==>\033[0m %s\n'
 BENCH := cargo run -q --profile test -p sealpod-tests --bin
@@ -48,6 +50,9 @@ bench: build ## Measure starts, execs and memory against runc: target/bench/star
 	@$(SETUP) clients
 	@initramfs/pack.sh --floor
 	@$(BENCH) bench -- $(CONTAINERD)
+
+lab: build ## Run RUN, by default the tests that need KVM, on a real KVM: docs/lab.md
+	@tests/lab/run.sh $(RUN)
 
 shell: build ## A shell with a private containerd whose default runtime is sealpod
 	@$(SETUP) clients
