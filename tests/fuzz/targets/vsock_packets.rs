@@ -12,7 +12,8 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
-use sealpod_vmm::vsock::{Buffers, Config, Engine, HOST_CID, Header, Limits, TYPE_STREAM};
+use sealpod_vmm::virtio::Buffers;
+use sealpod_vmm::vsock::{Config, Engine, HOST_CID, Header, Limits, TYPE_STREAM};
 
 const CID: u64 = 3;
 /// Steps of one input.

@@ -10,9 +10,17 @@
 //! ```
 //! A device is locked for as long as one event or one access takes. It never waits for a guest.
 
+mod balloon;
+mod block;
+mod buffers;
 mod event_loop;
+mod fs;
+mod io;
+mod net;
+mod rings;
+mod rng;
+mod vsock;
 
-use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -20,7 +28,14 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use balloon::Balloon;
+pub use block::Block;
+pub use buffers::{Buffers, MAX_PIECES, TooManyPieces};
 pub use event_loop::{Attached, EventLoop, Watch};
+pub use fs::Fs;
+pub use net::{Net, NetConfig};
+pub use rng::Rng;
+pub use vsock::Vsock;
 
 /// Guest memory as devices hold it.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -111,6 +126,16 @@ pub struct Saved {
     pub state: State,
 }
 
+impl Saved {
+    /// Of a device that remembers nothing.
+    fn stateless(kind: u32, rings: Option<&rings::Rings>) -> Self {
+        Self {
+            queues: rings.map(rings::Rings::states).unwrap_or_default(),
+            state: State::Stateless { kind },
+        }
+    }
+}
+
 /// What a device remembers beyond its queues.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -120,6 +145,11 @@ pub enum State {
         /// [`Device::kind`].
         kind: u32,
     },
+    /// A network device.
+    Net {
+        /// Queue pairs that the driver uses.
+        pairs: u16,
+    },
     /// A balloon.
     Balloon {
         /// Size the host asked for, pages of 4 KiB.
@@ -127,6 +157,16 @@ pub enum State {
         /// Size the guest says it has, pages of 4 KiB.
         actual: u32,
     },
+}
+
+impl State {
+    fn expect_stateless(&self, kind: u32) -> Result<(), Error> {
+        if *self == (Self::Stateless { kind }) {
+            return Ok(());
+        }
+        let found = self.clone();
+        Err(Error::WrongState { kind, found })
+    }
 }
 
 /// A queue as it is written down (VIRTIO 1.2, section 2.7).
@@ -201,7 +241,7 @@ pub enum Error {
         /// What was wanted, after "cannot".
         what: &'static str,
         /// Cause.
-        source: io::Error,
+        source: std::io::Error,
     },
     /// The driver's queue lies outside of guest memory, or has an impossible size.
     #[error("Driver set up queue {0} outside of guest memory or with a size that cannot be")]
@@ -233,7 +273,24 @@ pub enum Error {
     /// A written-down queue that no device can have had.
     #[error("Queue is impossible: {0:?}")]
     QueueState(QueueState),
+    /// The virtiofs daemon did not do its part.
+    #[error("The virtiofs daemon could not be {what}")]
+    Daemon {
+        /// After "could not be".
+        what: &'static str,
+        /// Cause.
+        source: vhost::Error,
+    },
     /// What a device was to be made of is unusable.
     #[error("Device cannot be made: {0}")]
     Configuration(String),
+}
+
+/// Reads part of a configuration; what is beyond its end is zero.
+fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let rest = config.get(start..).unwrap_or_default();
+    let count = rest.len().min(data.len());
+    data[..count].copy_from_slice(&rest[..count]);
+    data[count..].fill(0);
 }

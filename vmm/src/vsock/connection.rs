@@ -14,11 +14,11 @@ use std::net::Shutdown;
 use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
 
-use super::buffers::Buffers;
 use super::packet::{
     Header, MAX_PAYLOAD, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
 use super::{hybrid, socket};
+use crate::virtio::Buffers;
 
 /// Who asked for a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,12 +11,12 @@ use std::path::PathBuf;
 use tracing::{debug, warn};
 use vmm_sys_util::epoll::EventSet;
 
-use super::buffers::Buffers;
 use super::connection::{Connection, Key, Origin, State, Violation};
 use super::hybrid::{self, Event, Greeting, Hybrid};
 use super::packet::{HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::table::{Id, Table};
 use super::{Error, Limits};
+use crate::virtio::Buffers;
 
 /// Resets that wait for the guest to take them; with so many, its packets are not taken either.
 const MAX_RESETS: usize = 64;

@@ -8,7 +8,6 @@
 //! [`Engine`] knows packets and Unix sockets, [`queues`] knows virtqueues, [`vhost_user`] knows QEMU.
 //! A VMM in process owns an [`Engine`] and calls [`queues::service`] itself.
 
-mod buffers;
 mod connection;
 mod engine;
 mod error;
@@ -20,7 +19,6 @@ mod socket;
 mod table;
 pub mod vhost_user;
 
-pub use buffers::{Buffers, TooManyFragments};
 pub use engine::{Config, Engine};
 pub use error::Error;
 pub use limits::Limits;

@@ -4,11 +4,11 @@
 //! Source: VIRTIO 1.2, sections 2.7 (split virtqueues) and 5.10 (socket device).
 
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
-use super::buffers::Buffers;
 use super::engine::Engine;
 use super::packet::{HEADER_LEN, Header, MAX_PAYLOAD};
+use crate::virtio::Buffers;
 
 /// Index of the queue with packets for the guest (5.10.2).
 pub const RX: usize = 0;
@@ -166,8 +166,8 @@ fn buffers<'a>(
         if buffers.len() >= HEADER_LEN + MAX_PAYLOAD as usize {
             break;
         }
-        for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-            buffers.push(slice.ok()?).ok()?;
+        if !buffers.push_guest(memory, descriptor.addr(), descriptor.len() as usize) {
+            return None;
         }
     }
     Some(buffers)

@@ -12,20 +12,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::buffers::{Buffers, MAX_FRAGMENTS};
+use crate::virtio::Buffers;
 
 /// Longest path of a Unix socket, bytes (unix(7): `sun_path`, less its terminating zero).
 pub(super) const MAX_PATH: usize = 107;
 
-const EMPTY: libc::iovec = libc::iovec {
-    iov_base: std::ptr::null_mut(),
-    iov_len: 0,
-};
-
 /// Sends guest memory. Returns how many bytes the socket took; `WouldBlock` when none.
 pub(super) fn send(stream: &UnixStream, from: &Buffers<'_>) -> io::Result<usize> {
-    let mut pieces = [EMPTY; MAX_FRAGMENTS];
-    let message = message(from, &mut pieces, from.len());
+    let mut pieces = from.iovecs(from.len());
+    let message = message(&mut pieces);
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: `message` points to `pieces`, and these to memory that `from` keeps mapped for the
     // call; the kernel only reads it. That the guest may write it meanwhile changes what is sent.
@@ -34,8 +29,8 @@ pub(super) fn send(stream: &UnixStream, from: &Buffers<'_>) -> io::Result<usize>
 
 /// Receives up to `most` bytes into guest memory; 0 is the end of the stream.
 pub(super) fn receive(stream: &UnixStream, to: &Buffers<'_>, most: usize) -> io::Result<usize> {
-    let mut pieces = [EMPTY; MAX_FRAGMENTS];
-    let mut message = message(to, &mut pieces, most);
+    let mut pieces = to.iovecs(most);
+    let mut message = message(&mut pieces);
     // SAFETY: `message` points to `pieces`, and these to memory that `to` keeps mapped and writable
     // for the call and that no Rust reference points to (volatile slices).
     size(unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
@@ -84,30 +79,12 @@ pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(UnixStream::from(fd))
 }
 
-/// A message header for the first `most` bytes of `buffers`, with its pieces in `pieces`.
-fn message(
-    buffers: &Buffers<'_>,
-    pieces: &mut [libc::iovec; MAX_FRAGMENTS],
-    most: usize,
-) -> libc::msghdr {
-    let mut left = most;
-    let mut count = 0;
-    for (slice, piece) in buffers.slices().iter().zip(pieces.iter_mut()) {
-        if left == 0 {
-            break;
-        }
-        let length = slice.len().min(left);
-        *piece = libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: length,
-        };
-        left -= length;
-        count += 1;
-    }
+/// A message header for these pieces, as long as they stay where they are.
+fn message(pieces: &mut [libc::iovec]) -> libc::msghdr {
     // SAFETY: an all-zero `msghdr` is a valid, empty one.
     let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
     message.msg_iov = pieces.as_mut_ptr();
-    message.msg_iovlen = count;
+    message.msg_iovlen = pieces.len();
     message
 }
 

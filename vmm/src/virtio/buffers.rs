@@ -1,18 +1,18 @@
-//! Pieces of guest memory that together hold one packet, or one payload. No copy is made here
-//! that was not asked for; a piece never outlives the memory it points into.
+//! Pieces of guest memory that together hold one packet, one request, or part of one. No copy is
+//! made here that was not asked for; a piece never outlives the memory it points into.
 
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
-/// Most pieces of one packet: 64 KiB in pages, unaligned, plus a header, and some to spare.
-pub(super) const MAX_FRAGMENTS: usize = 64;
+/// Most pieces of one buffer: as many as the largest queue has descriptors.
+pub const MAX_PIECES: usize = 256;
 
-/// A packet in more pieces than any driver needs.
+/// A buffer in more pieces than any driver needs.
 #[derive(Debug, thiserror::Error)]
-#[error("Packet is in more than {MAX_FRAGMENTS} pieces")]
-pub struct TooManyFragments;
+#[error("Buffer is in more than {MAX_PIECES} pieces")]
+pub struct TooManyPieces;
 
 /// An ordered list of pieces of memory that another party may change at any time.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Buffers<'a> {
     slices: Vec<VolatileSlice<'a, ()>>,
     len: usize,
@@ -34,17 +34,36 @@ impl<'a> Buffers<'a> {
     /// Adds a piece; an empty one is left out.
     ///
     /// # Errors
-    /// [`TooManyFragments`] when the list is full.
-    pub fn push(&mut self, slice: VolatileSlice<'a, ()>) -> Result<(), TooManyFragments> {
+    /// [`TooManyPieces`] when the list is full.
+    pub fn push(&mut self, slice: VolatileSlice<'a, ()>) -> Result<(), TooManyPieces> {
         if slice.is_empty() {
             return Ok(());
         }
-        if self.slices.len() == MAX_FRAGMENTS {
-            return Err(TooManyFragments);
+        if self.slices.len() == MAX_PIECES {
+            return Err(TooManyPieces);
         }
         self.len += slice.len();
         self.slices.push(slice);
         Ok(())
+    }
+
+    /// Adds `length` bytes of guest memory from `address` on. Returns whether they are memory and fit.
+    pub(crate) fn push_guest(
+        &mut self,
+        memory: &'a GuestMemoryMmap,
+        address: GuestAddress,
+        length: usize,
+    ) -> bool {
+        (memory.get_slices(address, length))
+            .all(|slice| slice.is_ok_and(|slice| self.push(slice).is_ok()))
+    }
+
+    /// Adds all pieces of `other`.
+    ///
+    /// # Errors
+    /// [`TooManyPieces`] when the list is full; some may have been added.
+    pub(crate) fn append(&mut self, other: &Self) -> Result<(), TooManyPieces> {
+        other.slices.iter().try_for_each(|slice| self.push(*slice))
     }
 
     /// Cuts off and returns the first `count` bytes, or as many as there are.
@@ -88,17 +107,51 @@ impl<'a> Buffers<'a> {
 
     /// Copies as much of `from` as there is room for; returns how many bytes.
     pub fn write(&self, from: &[u8]) -> usize {
-        let mut done = 0;
+        self.write_at(0, from)
+    }
+
+    /// Like [`Buffers::write`], after the first `skip` bytes.
+    pub fn write_at(&self, skip: usize, from: &[u8]) -> usize {
+        let (mut skip, mut done) = (skip, 0);
         for slice in &self.slices {
-            let count = slice.len().min(from.len() - done);
-            slice.copy_from(&from[done..done + count]);
+            let Ok(rest) = slice.offset(skip.min(slice.len())) else {
+                break; // cannot be: the offset is within the piece
+            };
+            skip -= slice.len() - rest.len();
+            let count = rest.len().min(from.len() - done);
+            rest.copy_from(&from[done..done + count]);
             done += count;
         }
         done
     }
 
+    /// Cuts off and returns the last `count` bytes, or as many as there are.
+    pub fn split_back(&mut self, count: usize) -> Self {
+        let front = self.split_front(self.len.saturating_sub(count));
+        std::mem::replace(self, front)
+    }
+
+    /// The first `most` bytes as the kernel's scatter-gather calls take them. Good for as long as the
+    /// pieces are.
+    pub(crate) fn iovecs(&self, most: usize) -> Vec<libc::iovec> {
+        let mut iovecs = Vec::with_capacity(self.slices.len());
+        let mut left = most;
+        for slice in &self.slices {
+            if left == 0 {
+                break;
+            }
+            let length = slice.len().min(left);
+            iovecs.push(libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: length,
+            });
+            left -= length;
+        }
+        iovecs
+    }
+
     /// Appends all bytes after the first `skip` to `to`.
-    pub(super) fn append_to(&self, skip: usize, to: &mut Vec<u8>) {
+    pub(crate) fn append_to(&self, skip: usize, to: &mut Vec<u8>) {
         let mut skip = skip;
         for slice in &self.slices {
             let Ok(rest) = slice.offset(skip.min(slice.len())) else {
@@ -111,7 +164,8 @@ impl<'a> Buffers<'a> {
         }
     }
 
-    pub(super) fn slices(&self) -> &[VolatileSlice<'a, ()>] {
+    /// The pieces, in order; none is empty.
+    pub(crate) fn slices(&self) -> &[VolatileSlice<'a, ()>] {
         &self.slices
     }
 }
@@ -163,13 +217,39 @@ mod tests {
     }
 
     #[test]
+    fn the_end_can_be_cut_off_wherever_the_pieces_end() {
+        for cut in 0..8 {
+            let (mut a, mut b) = (*b"abc", *b"defg");
+            let mut all = Buffers::from(&mut a[..]);
+            all.push(VolatileSlice::from(&mut b[..])).unwrap();
+            let back = all.split_back(cut);
+            let (mut front_text, mut back_text) = (Vec::new(), Vec::new());
+            all.append_to(0, &mut front_text);
+            back.append_to(0, &mut back_text);
+            assert_eq!(back_text.len(), cut.min(7));
+            assert_eq!([front_text, back_text].concat(), b"abcdefg");
+        }
+    }
+
+    #[test]
+    fn no_iovec_reaches_beyond_what_was_asked_for() {
+        let (mut a, mut b) = (*b"abc", *b"defg");
+        let mut all = Buffers::from(&mut a[..]);
+        all.push(VolatileSlice::from(&mut b[..])).unwrap();
+        for (most, lengths) in [(0, &[][..]), (3, &[3]), (5, &[3, 2]), (9, &[3, 4])] {
+            let found: Vec<usize> = all.iovecs(most).iter().map(|v| v.iov_len).collect();
+            assert_eq!(found, lengths, "{most}");
+        }
+    }
+
+    #[test]
     fn too_many_pieces_are_refused() {
-        let mut bytes = [0; MAX_FRAGMENTS + 1];
+        let mut bytes = [0; MAX_PIECES + 1];
         let mut all = Buffers::default();
         let results: Vec<bool> = (bytes.chunks_mut(1))
             .map(|piece| all.push(VolatileSlice::from(piece)).is_ok())
             .collect();
         assert_eq!(results.iter().filter(|ok| !**ok).count(), 1);
-        assert_eq!(all.len(), MAX_FRAGMENTS);
+        assert_eq!(all.len(), MAX_PIECES);
     }
 }

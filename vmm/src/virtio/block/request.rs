@@ -1,0 +1,163 @@
+//! One request of the guest: what it says, whether it may, and its status. Every number in it is the
+//! guest's.
+//!
+//! Source: VIRTIO 1.2, section 5.2.6.
+
+use std::io;
+
+use super::disk::Disk;
+use super::{DISCARD_RANGES, DISCARD_SECTORS, SECTOR, SEGMENT, SEGMENTS, ZERO_SECTORS};
+use crate::virtio::Buffers;
+use crate::virtio::rings::Chain;
+
+// Types of requests.
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+// Status.
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+/// Bytes of a request's header: type, reserved, sector.
+const HEADER: usize = 16;
+/// Bytes of a range of a discard or zeroing: sector, number of sectors, flags.
+const RANGE: usize = 16;
+/// Flag of a zeroed range: its space may be freed. A discard has no flags.
+const UNMAP: u32 = 1;
+/// Bytes of an identification (5.2.6: padded with zeros, not terminated when full).
+const ID: usize = 20;
+
+/// Why a request was not done.
+enum Refusal {
+    /// It is not one that this disk knows.
+    Unsupported,
+    /// It is malformed, reaches beyond the disk, or the disk failed.
+    Failed,
+}
+
+impl From<io::Error> for Refusal {
+    fn from(_: io::Error) -> Self {
+        Self::Failed
+    }
+}
+
+/// Does a request; returns how many bytes of the chain were written.
+pub(super) fn handle(disk: &Disk, mut chain: Chain<'_>) -> u32 {
+    let status = chain.writable.split_back(1);
+    if status.is_empty() {
+        return 0; // nowhere to say what became of it
+    }
+    let (code, written) = match perform(disk, &mut chain.readable, &chain.writable) {
+        Ok(written) => (OK, written),
+        Err(Refusal::Failed) => (IOERR, 0),
+        Err(Refusal::Unsupported) => (UNSUPP, 0),
+    };
+    status.write(&[code]);
+    written + 1
+}
+
+/// Returns how many bytes were written to `room`.
+fn perform(disk: &Disk, said: &mut Buffers<'_>, room: &Buffers<'_>) -> Result<u32, Refusal> {
+    let mut header = [0; HEADER];
+    if said.split_front(HEADER).read(&mut header) != HEADER {
+        return Err(Refusal::Failed);
+    }
+    let (kind, sector) = (u32_at(&header, 0), u64_at(&header, 8));
+    match kind {
+        IN => {
+            let offset = range(disk, sector, room.len())?;
+            disk.read(room, offset)?;
+            Ok(room.len() as u32) // less than 16 MiB
+        }
+        OUT => {
+            let offset = range(disk, sector, said.len())?;
+            disk.write(said, offset)?;
+            Ok(0)
+        }
+        FLUSH => {
+            disk.flush()?;
+            Ok(0)
+        }
+        GET_ID => {
+            let mut id = [0; ID];
+            id[..disk.serial().len()].copy_from_slice(disk.serial());
+            Ok(room.write(&id) as u32)
+        }
+        DISCARD => {
+            for (offset, length, flags) in ranges(disk, said, DISCARD_RANGES, DISCARD_SECTORS)? {
+                if flags != 0 {
+                    return Err(Refusal::Unsupported);
+                }
+                disk.discard(offset, length)?;
+            }
+            Ok(0)
+        }
+        WRITE_ZEROES => {
+            for (offset, length, flags) in ranges(disk, said, 1, ZERO_SECTORS)? {
+                if flags & !UNMAP != 0 {
+                    return Err(Refusal::Unsupported);
+                }
+                disk.zero(offset, length, flags & UNMAP != 0)?;
+            }
+            Ok(0)
+        }
+        _ => Err(Refusal::Unsupported),
+    }
+}
+
+/// Where `length` bytes from `sector` on begin, bytes, if that is whole sectors of the disk and not
+/// more than a request may have.
+fn range(disk: &Disk, sector: u64, length: usize) -> Result<u64, Refusal> {
+    let length = length as u64;
+    let sectors = length / SECTOR;
+    let fits = (sector.checked_add(sectors)).is_some_and(|end| end <= disk.sectors());
+    let most = u64::from(SEGMENTS) * u64::from(SEGMENT);
+    if !fits || length % SECTOR != 0 || length > most {
+        return Err(Refusal::Failed);
+    }
+    Ok(sector * SECTOR) // below the disk's length
+}
+
+/// The ranges of a discard or zeroing: offset, bytes, flags. All are checked before any is done.
+fn ranges(
+    disk: &Disk,
+    said: &Buffers<'_>,
+    most: u32,
+    most_sectors: u32,
+) -> Result<Vec<(u64, u64, u32)>, Refusal> {
+    if disk.readonly() {
+        return Err(Refusal::Failed);
+    }
+    if said.is_empty() || said.len() % RANGE != 0 || said.len() / RANGE > most as usize {
+        return Err(Refusal::Failed);
+    }
+    let mut raw = vec![0; said.len()];
+    said.read(&mut raw);
+    (raw.chunks_exact(RANGE))
+        .map(|raw| {
+            let (sector, count, flags) = (u64_at(raw, 0), u32_at(raw, 8), u32_at(raw, 12));
+            let end = sector.checked_add(count.into());
+            if count > most_sectors || end.is_none_or(|end| end > disk.sectors()) {
+                return Err(Refusal::Failed);
+            }
+            Ok((sector * SECTOR, u64::from(count) * SECTOR, flags))
+        })
+        .collect()
+}
+
+fn u32_at(raw: &[u8], at: usize) -> u32 {
+    raw[at..]
+        .first_chunk()
+        .map_or(0, |raw| u32::from_le_bytes(*raw))
+}
+
+fn u64_at(raw: &[u8], at: usize) -> u64 {
+    raw[at..]
+        .first_chunk()
+        .map_or(0, |raw| u64::from_le_bytes(*raw))
+}

@@ -1,0 +1,277 @@
+//! Shared folder: shows a virtiofs daemon to the guest and then stays out of the way. The daemon works
+//! in the guest's memory and with the guest's kicks itself (vhost-user, this side the front end).
+//!
+//! ```text
+//!  guest ──kick (ioeventfd)──▶ daemon ──call──▶ irqfd        with Interrupt::notifier
+//!                                     └─call──▶ event loop ─▶ Interrupt::queue   without
+//! ```
+//! Source: VIRTIO 1.2, section 5.11; the vhost-user protocol of the QEMU project.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Activation, Device, Error, Saved, State, Watch, read_bytes};
+
+/// Device type.
+const KIND: u32 = 26;
+/// Bytes of the tag, padded with zeros (5.11.4).
+const TAG: usize = 36;
+/// Descriptors: the high priority queue has little to carry; a read or write takes a descriptor for
+/// each page, and Linux asks for up to 256 pages less its own overhead.
+const QUEUES: [u16; 2] = [16, 256];
+/// How long the daemon may take to answer while it is set up: a guest's CPU waits for it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A shared folder of a guest.
+pub struct Fs {
+    daemon: Frontend,
+    tag: [u8; TAG],
+    /// Features that the daemon and this device have.
+    features: u64,
+    active: Option<Active>,
+}
+
+/// What lives as long as the driver is up.
+struct Active {
+    watch: Watch,
+    /// Signalled by the daemon where the transport has no descriptor of its own.
+    calls: Vec<(u16, EventFd)>,
+    interrupt: std::sync::Arc<dyn super::Interrupt>,
+    /// Queues that were started.
+    started: usize,
+}
+
+impl Fs {
+    /// A device for the daemon at the other end of `socket`, which must be told of shared memory:
+    /// guest memory has to be a file's. `tag`, 1 to 36 bytes, is what the guest mounts.
+    ///
+    /// # Errors
+    /// [`Error`]: an unusable tag, or the daemon is not a vhost-user back end that can do what is
+    /// needed.
+    pub fn new(socket: UnixStream, tag: &str) -> Result<Self, Error> {
+        if !(1..=TAG).contains(&tag.len()) || tag.bytes().any(|b| b == 0) {
+            return Err(Error::Configuration(format!(
+                "tag {tag:?} of a shared folder does not have 1 to {TAG} bytes"
+            )));
+        }
+        let mut raw_tag = [0; TAG];
+        raw_tag[..tag.len()].copy_from_slice(tag.as_bytes());
+        for done in [
+            socket.set_read_timeout(Some(PATIENCE)),
+            socket.set_write_timeout(Some(PATIENCE)),
+        ] {
+            done.map_err(|source| Error::Resource {
+                what: "limit the wait for the virtiofs daemon",
+                source,
+            })?;
+        }
+        let mut daemon = Frontend::from_stream(socket, QUEUES.len() as u64);
+        let features = negotiate(&mut daemon).map_err(failed("greeted"))?;
+        if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            return Err(Error::Configuration(
+                "the virtiofs daemon does not offer VIRTIO_F_VERSION_1".into(),
+            ));
+        }
+        Ok(Self {
+            daemon,
+            tag: raw_tag,
+            features,
+            active: None,
+        })
+    }
+
+    fn start(&mut self, activation: &Activation, active: &mut Active) -> Result<(), Error> {
+        let accepted = self.features & activation.features;
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        (self.daemon.set_features(accepted | protocol)).map_err(failed("told the features"))?;
+        let memory = activation.memory.memory();
+        let regions: Vec<_> = (memory.iter())
+            .map(VhostUserMemoryRegionInfo::from_guest_region)
+            .collect::<Result<_, _>>()
+            .map_err(|_| Error::Configuration("guest memory is not a file's".into()))?;
+        (self.daemon.set_mem_table(&regions)).map_err(failed("shown the guest's memory"))?;
+        for (index, (queue, kick)) in activation.queues.iter().enumerate() {
+            if !queue.ready() || queue.size() == 0 || !queue.is_valid(&*memory) {
+                return Err(Error::Queue(index));
+            }
+            let call = active.call(index as u16)?;
+            active.started = index + 1;
+            (start_queue(&mut self.daemon, index, queue, &memory, &call, kick))
+                .map_err(failed("given a queue"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Returns the features that both have.
+fn negotiate(daemon: &mut Frontend) -> Result<u64, vhost::Error> {
+    daemon.set_owner()?;
+    let offered = daemon.get_features()?;
+    // Acknowledged now because the next questions need it; what the guest accepts comes later.
+    let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    if offered & protocol == 0 {
+        return Err(vhost::Error::VhostUserProtocol(
+            vhost::vhost_user::Error::InactiveFeature(VhostUserVirtioFeatures::PROTOCOL_FEATURES),
+        ));
+    }
+    let can = daemon.get_protocol_features()?;
+    // With acknowledgements a refusal is an error here, not silence.
+    let wanted = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK;
+    daemon.set_protocol_features(can & wanted)?;
+    if can.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+        daemon.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+    }
+    let own =
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+    Ok(offered & own)
+}
+
+fn start_queue(
+    daemon: &mut Frontend,
+    index: usize,
+    queue: &Queue,
+    memory: &GuestMemoryMmap,
+    call: &EventFd,
+    kick: &EventFd,
+) -> Result<(), vhost::Error> {
+    // The daemon is told addresses as this process has them, and translates.
+    let host = |address: u64| {
+        let at = memory.get_host_address(GuestAddress(address));
+        at.map(|at| at as u64)
+            .map_err(|_| vhost::Error::InvalidGuestMemory)
+    };
+    let config = VringConfigData {
+        queue_max_size: queue.max_size(),
+        queue_size: queue.size(),
+        flags: 0,
+        desc_table_addr: host(queue.desc_table())?,
+        avail_ring_addr: host(queue.avail_ring())?,
+        used_ring_addr: host(queue.used_ring())?,
+        log_addr: None,
+    };
+    daemon.set_vring_num(index, queue.size())?;
+    daemon.set_vring_addr(index, &config)?;
+    daemon.set_vring_base(index, queue.next_avail())?;
+    daemon.set_vring_call(index, call)?;
+    daemon.set_vring_kick(index, kick)?;
+    daemon.set_vring_enable(index, true)
+}
+
+impl Active {
+    /// What the daemon signals when it has used buffers.
+    fn call(&mut self, index: u16) -> Result<EventFd, Error> {
+        if let Some(notifier) = self.interrupt.notifier(index) {
+            return Ok(notifier);
+        }
+        let resource = |what| move |source| Error::Resource { what, source };
+        let call = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(resource("make an eventfd"))?;
+        let copy = call.try_clone().map_err(resource("copy an eventfd"))?;
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        (self.watch.add(&call, index.into(), events))
+            .map_err(resource("watch the virtiofs daemon's signals"))?;
+        self.calls.push((index, call));
+        Ok(copy)
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        for (_, call) in &self.calls {
+            self.watch.remove(call);
+        }
+    }
+}
+
+impl Device for Fs {
+    fn kind(&self) -> u32 {
+        KIND
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUES
+    }
+
+    /// `struct virtio_fs_config` (5.11.4): the tag, and one queue for requests.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; TAG + 4];
+        config[..TAG].copy_from_slice(&self.tag);
+        config[TAG] = 1;
+        read_bytes(&config, offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {} // nothing in it is writable
+
+    fn activate(&mut self, activation: Activation) -> Result<(), Error> {
+        let (expected, found) = (QUEUES.len(), activation.queues.len());
+        if found != expected {
+            return Err(Error::Queues { expected, found });
+        }
+        let mut active = Active {
+            watch: activation.watch.clone(),
+            calls: Vec::new(),
+            interrupt: activation.interrupt.clone(),
+            started: 0,
+        };
+        let started = self.start(&activation, &mut active);
+        self.active = Some(active);
+        if started.is_err() {
+            self.reset();
+        }
+        started
+    }
+
+    fn reset(&mut self) {
+        let Some(active) = self.active.take() else {
+            return;
+        };
+        for index in 0..active.started {
+            // A daemon that is gone does not touch the guest's memory either.
+            if let Err(e) = self.daemon.get_vring_base(index) {
+                tracing::debug!("The virtiofs daemon did not stop queue {index}: {e}");
+            }
+        }
+    }
+
+    fn event(&mut self, token: u32) {
+        let Some(active) = &self.active else {
+            return;
+        };
+        if let Ok(index) = u16::try_from(token) {
+            active.interrupt.queue(index);
+        }
+    }
+
+    fn save(&mut self) -> Result<Saved, Error> {
+        Err(Error::NotSaved {
+            kind: KIND,
+            why: "the files that the guest has open are the daemon's",
+        })
+    }
+
+    fn restore(&mut self, state: &State) -> Result<(), Error> {
+        let found = state.clone();
+        Err(Error::WrongState { kind: KIND, found })
+    }
+}
+
+/// Names what the daemon would not be.
+fn failed(what: &'static str) -> impl Fn(vhost::Error) -> Error {
+    move |source| Error::Daemon { what, source }
+}
