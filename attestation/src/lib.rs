@@ -25,6 +25,8 @@ pub mod collateral;
 pub mod crypto;
 #[cfg(feature = "verify")]
 pub mod der;
+#[cfg(feature = "kbs")]
+pub mod kbs;
 #[cfg(feature = "verify")]
 pub mod measure;
 #[cfg(feature = "verify")]
