@@ -7,9 +7,10 @@ use async_trait::async_trait;
 use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
 use sealpod_protocol::agent::{
-    ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecRequest,
-    ExecResponse, HelloRequest, HelloResponse, Network as NetworkRequest, Oom, PidsResponse,
-    Process, ProcessRequest, ResizePtyRequest, SetupSandboxRequest, SignalRequest, StatsResponse,
+    AdmitDevicesRequest, AdmittedDevice, AttestRequest, AttestResponse, ContainerRequest,
+    CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecRequest, ExecResponse,
+    HelloRequest, HelloResponse, Network as NetworkRequest, Oom, PidsResponse, Process,
+    ProcessRequest, ResizePtyRequest, SetupSandboxRequest, SignalRequest, StatsResponse,
     UpdateRequest, WaitResponse, event,
 };
 use sealpod_protocol::agent_ttrpc::Agent;
@@ -19,14 +20,16 @@ use tokio::sync::{Mutex, mpsc};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Result};
 
+use crate::attest::{Attestor, Gate, device::Live};
 use crate::cgroup::{oom, stats};
 use crate::container::Containers;
 use crate::io::{Connection, Processes};
+use crate::log;
 use crate::network::{Network, Plan};
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox};
 use crate::start::Timeline;
-use crate::status::{container_error, network_error, sandbox_error, status};
+use crate::status::{attest_error, container_error, network_error, sandbox_error, status};
 
 /// Largest signal number.
 const SIGNAL_MAX: u32 = 64;
@@ -41,6 +44,7 @@ pub struct Service(Arc<Inner>);
 struct Inner {
     containers: Containers,
     sandbox: Sandbox,
+    attestor: Attestor,
     network: Mutex<Network>,
     events: Mutex<mpsc::Receiver<String>>,
     timeline: Timeline,
@@ -78,15 +82,43 @@ async fn to_the_end<T: Send + 'static>(
 impl Service {
     /// A service for a guest in which nothing runs yet.
     #[must_use]
-    pub fn new(reaper: Reaper, timeline: Timeline) -> Self {
+    pub fn new(reaper: Reaper, timeline: Timeline, gate: Gate) -> Self {
         let (sender, events) = mpsc::channel(oom::QUEUE);
         Self(Arc::new(Inner {
             containers: Containers::new(reaper, sender),
             sandbox: Sandbox::default(),
+            attestor: Attestor::new(gate),
             network: Mutex::default(),
             events: Mutex::new(events),
             timeline,
         }))
+    }
+}
+
+impl Inner {
+    /// The devices that a container asks for, if all of them are admitted.
+    fn admitted(&self, request: &CreateContainerRequest) -> Result<Vec<(String, Live)>> {
+        let one = |asked: &AdmittedDevice| match self.attestor.admitted(&asked.id) {
+            Some(live) => Ok((asked.path.clone(), live)),
+            None => Err(status(
+                Code::PERMISSION_DENIED,
+                format_args!("Guest gate: device {:?} is not admitted", asked.id),
+            )),
+        };
+        request.admitted_devices.iter().map(one).collect()
+    }
+
+    /// Closes the guest gate: no container can open an admitted device any more, those that have one
+    /// stand still, and the devices are switched off.
+    async fn revoke(&self) -> Result<()> {
+        let closed = self.attestor.close();
+        self.containers.freeze_with_devices().await;
+        for device in closed.map_err(attest_error)? {
+            if let Err(e) = device.remove() {
+                log!("device {} stays: {e}", device.id);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -134,6 +166,9 @@ impl Agent for Service {
             let plan = Plan::try_from(request.network.get_or_default())
                 .map_err(|e| network_error(e.into()))?;
             this.0.sandbox.set_up(&request).map_err(sandbox_error)?;
+            let attestor = &this.0.attestor;
+            let known = attestor.set_up(&request.init_data, &request.pod_uid);
+            known.map_err(attest_error)?;
             let mut network = this.0.network.lock().await;
             network.configure(plan).await.map_err(network_error)?;
             Ok(Empty::new())
@@ -160,10 +195,11 @@ impl Agent for Service {
         check_id("container", &request.container_id)?;
         let this = self.clone();
         to_the_end(async move {
+            let devices = this.0.admitted(&request)?;
             let pid = this
                 .0
                 .containers
-                .create(request)
+                .create(request, devices)
                 .await
                 .map_err(container_error)?;
             Ok(CreateContainerResponse {
@@ -375,6 +411,41 @@ impl Agent for Service {
             metrics,
             ..Default::default()
         })
+    }
+
+    async fn attest(&self, _: &TtrpcContext, request: AttestRequest) -> Result<AttestResponse> {
+        let bundle = self.0.attestor.attest(&request).await;
+        Ok(AttestResponse {
+            bundle: bundle.map_err(attest_error)?,
+            ..Default::default()
+        })
+    }
+
+    async fn admit_devices(&self, _: &TtrpcContext, request: AdmitDevicesRequest) -> Result<Empty> {
+        let this = self.clone();
+        to_the_end(async move {
+            let lease = this.0.attestor.admit(&request).await;
+            let lease = lease.map_err(attest_error)?;
+            // Renewed in time, another lease counts then.
+            tokio::spawn(async move {
+                tokio::time::sleep_until(lease.until).await;
+                if this.0.attestor.holds(&lease) {
+                    log!("the lease of the devices has ended");
+                    let _ = this.0.revoke().await;
+                }
+            });
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn revoke_devices(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        let this = self.clone();
+        to_the_end(async move {
+            this.0.revoke().await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> Result<Event> {

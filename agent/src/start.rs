@@ -16,6 +16,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, Vso
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
+use crate::attest::Gate;
 use crate::io::{Connection, accept};
 use crate::log;
 use crate::reaper::Reaper;
@@ -122,7 +123,8 @@ where
     S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
     let reaper = Reaper::default();
-    let service = Service::new(reaper.clone(), timeline);
+    let gate = Gate::closed().map_err(|e| io::Error::other(format!("Guest gate: {e}")))?;
+    let service = Service::new(reaper.clone(), timeline, gate);
     let reaping = tokio::spawn(reaper.run());
 
     let (shim, ended) = Watched::new(shim);

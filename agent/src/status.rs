@@ -2,6 +2,7 @@
 
 use ttrpc::{Code, Error, get_status};
 
+use crate::attest::AttestError;
 use crate::cgroup::CgroupError;
 use crate::container::ContainerError;
 use crate::network::NetworkError;
@@ -48,6 +49,17 @@ pub(crate) fn sandbox_error(error: SandboxError) -> Error {
         SandboxError::Twice => Code::FAILED_PRECONDITION,
         SandboxError::Value(_) | SandboxError::Sysctl(_) => Code::INVALID_ARGUMENT,
         SandboxError::Step { .. } => Code::INTERNAL,
+    };
+    status(code, error)
+}
+
+/// See [`AttestError`].
+pub(crate) fn attest_error(error: AttestError) -> Error {
+    let code = match &error {
+        AttestError::Request(_) | AttestError::InitData(_) => Code::INVALID_ARGUMENT,
+        AttestError::Token(_) | AttestError::Closed(_) => Code::PERMISSION_DENIED,
+        AttestError::Source(_) => Code::FAILED_PRECONDITION,
+        AttestError::Key(_) | AttestError::Bundle(_) => Code::INTERNAL,
     };
     status(code, error)
 }

@@ -5,6 +5,9 @@
 //! | `vcpus` | `io.sealpod.vcpus` | `…hypervisor.default_vcpus` | vCPUs, at least |
 //! | `memory_mib` | `io.sealpod.memory_mib` | `…hypervisor.default_memory` | MiB for the workload, at least |
 //! | `kernel_params` | `io.sealpod.kernel_params` | `…hypervisor.kernel_params` | words, appended |
+//! | `attestation.policy` | `io.sealpod.attestation.policy` | | policy that the pod has to pass |
+//! | `attestation.devices` | `io.sealpod.attestation.devices` | | CDI names, with commas between them |
+//! | `init_data` | `io.sealpod.init_data` | `…hypervisor.cc_init_data` | base64 of gzip of the init-data |
 //!
 //! (`…` is `io.katacontainers.config`.) An annotation of either family that is not in this table, or
 //! that the node does not allow, is an error: what is asked for is never left out silently.
@@ -14,7 +17,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::check_kernel_param,
+    config::{check_kernel_param, device_id},
     vm::{MEMORY_MAX_MIB, VCPUS_MAX},
 };
 
@@ -22,26 +25,44 @@ use crate::{
 const PREFIX: &str = "io.sealpod.";
 /// Every annotation with this prefix configures a Kata sandbox.
 const KATA_PREFIX: &str = "io.katacontainers.config.";
-/// Kata's init-data: policy and configuration that a confidential guest is measured with.
-const KATA_INIT_DATA: &str = "io.katacontainers.config.hypervisor.cc_init_data";
 /// Longest value, bytes.
 const VALUE_MAX: usize = 4096;
+/// Longest init-data as an annotation, bytes: Kubernetes takes 256 KiB of annotations in all.
+const INIT_DATA_MAX: usize = 256 << 10;
 
 /// An annotation, as the allow-list spells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum Name {
     /// Least number of vCPUs.
+    #[serde(rename = "vcpus")]
     Vcpus,
     /// Least memory for the workload, MiB.
+    #[serde(rename = "memory_mib")]
     MemoryMib,
     /// More words for the guest kernel's command line.
+    #[serde(rename = "kernel_params")]
     KernelParams,
+    /// The policy that the pod has to pass.
+    #[serde(rename = "attestation.policy")]
+    AttestationPolicy,
+    /// Devices that are released to it once it has.
+    #[serde(rename = "attestation.devices")]
+    AttestationDevices,
+    /// What its evidence binds.
+    #[serde(rename = "init_data")]
+    InitData,
 }
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Vcpus, Self::MemoryMib, Self::KernelParams];
+    pub const ALL: [Self; 6] = [
+        Self::Vcpus,
+        Self::MemoryMib,
+        Self::KernelParams,
+        Self::AttestationPolicy,
+        Self::AttestationDevices,
+        Self::InitData,
+    ];
 
     /// As the allow-list spells it, which is the annotation without its prefix.
     #[must_use]
@@ -50,6 +71,9 @@ impl Name {
             Self::Vcpus => "vcpus",
             Self::MemoryMib => "memory_mib",
             Self::KernelParams => "kernel_params",
+            Self::AttestationPolicy => "attestation.policy",
+            Self::AttestationDevices => "attestation.devices",
+            Self::InitData => "init_data",
         }
     }
 
@@ -61,6 +85,7 @@ impl Name {
             "hypervisor.default_vcpus" => Some(Self::Vcpus),
             "hypervisor.default_memory" => Some(Self::MemoryMib),
             "hypervisor.kernel_params" => Some(Self::KernelParams),
+            "hypervisor.cc_init_data" => Some(Self::InitData),
             _ => None,
         }
     }
@@ -75,6 +100,12 @@ pub struct Wishes {
     pub memory_mib: Option<u64>,
     /// More words for the guest kernel's command line.
     pub kernel_params: Vec<String>,
+    /// Name of the policy that the pod has to pass.
+    pub policy: Option<String>,
+    /// CDI names of devices.
+    pub devices: Vec<String>,
+    /// Init-data, raw.
+    pub init_data: Option<Vec<u8>>,
 }
 
 /// An annotation that cannot be granted.
@@ -108,12 +139,6 @@ pub enum AnnotationError {
         /// The later one's key, in alphabetical order.
         annotation: String,
     },
-    /// Init-data without a confidential guest.
-    #[error(
-        "Annotation {KATA_INIT_DATA} needs a confidential guest, whose measurement binds it; \
-         this node starts plain guests, where it would protect nothing"
-    )]
-    InitData,
 }
 
 fn known() -> String {
@@ -139,9 +164,6 @@ pub fn read(
     sorted.sort();
     for (key, value) in sorted {
         let annotation = || key.chars().take(128).collect::<String>();
-        if key == KATA_INIT_DATA {
-            return Err(AnnotationError::InitData);
-        }
         let name = Name::of(key).ok_or_else(|| AnnotationError::Unknown {
             annotation: annotation(),
         })?;
@@ -172,8 +194,12 @@ pub fn read(
 
 /// Takes one value over; an error is what is allowed, in words.
 fn set(wishes: &mut Wishes, name: Name, value: &str) -> Result<(), String> {
-    if value.len() > VALUE_MAX {
-        return Err(format!("at most {VALUE_MAX} bytes"));
+    let most = match name {
+        Name::InitData => INIT_DATA_MAX,
+        _ => VALUE_MAX,
+    };
+    if value.len() > most {
+        return Err(format!("at most {most} bytes"));
     }
     let number = |least: u64, most: u64| match value.parse::<u64>() {
         Ok(n) if (least..=most).contains(&n) => Ok(n),
@@ -189,8 +215,42 @@ fn set(wishes: &mut Wishes, name: Name, value: &str) -> Result<(), String> {
                 wishes.kernel_params.push(word.into());
             }
         }
+        Name::AttestationPolicy => {
+            if !sealpod_protocol::valid_id(value) {
+                return Err("the name of a policy: 1 to 128 of A-Z a-z 0-9 _ . -".into());
+            }
+            wishes.policy = Some(value.into());
+        }
+        Name::AttestationDevices => {
+            for name in value.split(',').map(str::trim) {
+                if device_id(name).is_none() || wishes.devices.iter().any(|d| d == name) {
+                    let allowed =
+                        "different CDI names (vendor.com/class=name), commas between them";
+                    return Err(allowed.into());
+                }
+                wishes.devices.push(name.into());
+            }
+        }
+        Name::InitData => wishes.init_data = Some(init_data(value)?),
     }
     Ok(())
+}
+
+/// Base64 of gzip, as Kata has it.
+fn init_data(value: &str) -> Result<Vec<u8>, String> {
+    use std::io::Read;
+    let allowed = || "base64 of gzip of init-data of at most 256 KiB".to_owned();
+    let packed = sealpod_attestation::encoding::unbase64(value).map_err(|_| allowed())?;
+    let mut raw = Vec::new();
+    let most = sealpod_attestation::init_data::MAX_INIT_DATA as u64;
+    flate2::read::GzDecoder::new(&packed[..])
+        .take(most + 1)
+        .read_to_end(&mut raw)
+        .map_err(|_| allowed())?;
+    if raw.is_empty() || raw.len() as u64 > most {
+        return Err(allowed());
+    }
+    Ok(raw)
 }
 
 #[cfg(test)]
@@ -245,7 +305,7 @@ mod tests {
         };
         assert_eq!(
             e(&[("io.sealpod.vcpu", "1")], &Name::ALL),
-            "Annotation io.sealpod.vcpu is not known; known are io.sealpod.vcpus, io.sealpod.memory_mib, io.sealpod.kernel_params"
+            "Annotation io.sealpod.vcpu is not known; known are io.sealpod.vcpus, io.sealpod.memory_mib, io.sealpod.kernel_params, io.sealpod.attestation.policy, io.sealpod.attestation.devices, io.sealpod.init_data"
         );
         let kata = "io.katacontainers.config.hypervisor.machine_type";
         assert!(
@@ -261,7 +321,9 @@ mod tests {
             ("io.katacontainers.config.hypervisor.default_vcpus", "1"),
         ];
         assert!(e(&twice, &Name::ALL).contains("says again"));
-        assert!(e(&[(KATA_INIT_DATA, "H4sI")], &Name::ALL).contains("confidential guest"));
+        let kata = "io.katacontainers.config.hypervisor.cc_init_data";
+        assert!(e(&[(kata, "H4sI")], &[]).contains("not allowed on this node"));
+        assert!(e(&[(kata, "H4sI")], &Name::ALL).contains("base64 of gzip"));
     }
 
     #[test]
@@ -279,6 +341,13 @@ mod tests {
             ("io.sealpod.kernel_params", "sealpod.debug_console"),
             ("io.sealpod.kernel_params", "a\u{7f}"),
             ("io.sealpod.kernel_params", long.as_str()),
+            ("io.sealpod.attestation.policy", "a/b"),
+            ("io.sealpod.attestation.policy", ""),
+            ("io.sealpod.attestation.devices", ""),
+            ("io.sealpod.attestation.devices", "v.io/c=a,v.io/c=a"),
+            ("io.sealpod.attestation.devices", "/dev/nvme0"),
+            ("io.sealpod.init_data", ""),
+            ("io.sealpod.init_data", "dmVyc2lvbg=="),
         ] {
             let e = of(&[(key, value)], &Name::ALL);
             assert!(

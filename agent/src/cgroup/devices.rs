@@ -97,10 +97,31 @@ impl DeviceFilter {
         rules: &[LinuxDeviceCgroup],
         before: Option<&Self>,
     ) -> nix::Result<Self> {
+        Self::load(cgroup, rules, &always(), before)
+    }
+
+    /// The same without the devices that every container may use.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub fn attach_exactly(
+        cgroup: BorrowedFd<'_>,
+        rules: &[LinuxDeviceCgroup],
+        before: Option<&Self>,
+    ) -> nix::Result<Self> {
+        Self::load(cgroup, rules, &[], before)
+    }
+
+    fn load(
+        cgroup: BorrowedFd<'_>,
+        rules: &[LinuxDeviceCgroup],
+        last: &[Rule],
+        before: Option<&Self>,
+    ) -> nix::Result<Self> {
         if rules.len() > RULES_MAX {
             return Err(nix::errno::Errno::E2BIG);
         }
-        let rules: Vec<_> = rules.iter().map(rule).chain(always()).collect();
+        let rules: Vec<_> = rules.iter().map(rule).chain(last.iter().copied()).collect();
         let program = sys::bpf_load_device_program(&program(&rules))?;
         let replace = before.map(|b| b.0.as_fd());
         sys::bpf_attach_device(cgroup, program.as_fd(), replace)?;

@@ -10,6 +10,7 @@ use sealpod_protocol::agent::BlockDevice;
 use super::ContainerError;
 use super::mount_options::normalize;
 use super::plan::{ContainerPlan, DevicePlan};
+use crate::attest::device::Live;
 use crate::uevent;
 
 /// Most disks of one container.
@@ -81,25 +82,57 @@ pub async fn add_block_devices(
                 uevent::TIMEOUT.as_secs()
             )));
         };
-        if let Some(mut rules) = plan.resources.devices().clone() {
-            rules.push(rule(major, minor, disk.readonly)?);
-            plan.resources.set_devices(Some(rules));
-        }
-        plan.devices.retain(|device| device.path != path);
-        plan.devices.push(DevicePlan {
+        let mode = if disk.mode == 0 {
+            MODE
+        } else {
+            disk.mode & 0o7777
+        };
+        let (uid, gid) = (disk.uid, disk.gid);
+        let device = DevicePlan {
             path,
             kind: libc::S_IFBLK,
             major,
             minor,
-            mode: if disk.mode == 0 {
-                MODE
-            } else {
-                disk.mode & 0o7777
-            },
-            uid: disk.uid,
-            gid: disk.gid,
-        });
+            mode,
+            uid,
+            gid,
+        };
+        add(plan, device, disk.readonly)?;
     }
+    Ok(())
+}
+
+/// Adds devices that the guest gate has admitted, each at its path in the container.
+///
+/// # Errors
+/// A path that is none.
+pub fn add_admitted(
+    plan: &mut ContainerPlan,
+    admitted: &[(String, Live)],
+) -> Result<(), ContainerError> {
+    for (path, live) in admitted {
+        let device = DevicePlan {
+            path: normalize("device path", Path::new(path))?,
+            kind: libc::S_IFBLK,
+            major: live.major,
+            minor: live.minor,
+            mode: MODE,
+            uid: 0,
+            gid: 0,
+        };
+        add(plan, device, false)?;
+    }
+    Ok(())
+}
+
+/// Adds a node, and the right to use it.
+fn add(plan: &mut ContainerPlan, device: DevicePlan, readonly: bool) -> Result<(), ContainerError> {
+    if let Some(mut rules) = plan.resources.devices().clone() {
+        rules.push(rule(device.major, device.minor, readonly)?);
+        plan.resources.set_devices(Some(rules));
+    }
+    plan.devices.retain(|other| other.path != device.path);
+    plan.devices.push(device);
     Ok(())
 }
 

@@ -33,6 +33,7 @@ use std::time::Duration;
 use sealpod_protocol::SHARE_DIR;
 use sealpod_protocol::agent::{CreateContainerRequest, ExecRequest, PidNamespace};
 
+use crate::attest::device::Live;
 use crate::cgroup::Cgroup;
 use crate::cgroup::oom::{Events, OomWatch};
 use crate::io::Declared;
@@ -85,7 +86,11 @@ impl Containers {
     ///
     /// # Errors
     /// [`ContainerError`]; nothing of the container is left then.
-    pub async fn create(&self, request: CreateContainerRequest) -> Result<i32, ContainerError> {
+    pub async fn create(
+        &self,
+        request: CreateContainerRequest,
+        admitted: Vec<(String, Live)>,
+    ) -> Result<i32, ContainerError> {
         let id = request.container_id.clone();
         {
             let mut table = lock(&self.table);
@@ -97,7 +102,7 @@ impl Containers {
             }
             table.insert(id.clone(), None);
         }
-        match self.build(request).await {
+        match self.build(request, admitted).await {
             Ok(container) => {
                 let container = Arc::new(container);
                 let pid = container.init.pid;
@@ -111,7 +116,11 @@ impl Containers {
         }
     }
 
-    async fn build(&self, request: CreateContainerRequest) -> Result<Container, ContainerError> {
+    async fn build(
+        &self,
+        request: CreateContainerRequest,
+        admitted: Vec<(String, Live)>,
+    ) -> Result<Container, ContainerError> {
         let id = &request.container_id;
         let relative = Path::new(&request.rootfs);
         let below = |c: Component<'_>| matches!(c, Component::Normal(_));
@@ -133,6 +142,7 @@ impl Containers {
         crate::share::look_into(&plan.mounts);
         guest_devices::check(&mut plan, request.skip_missing_devices)?;
         guest_devices::add_block_devices(&mut plan, &request.block_devices).await?;
+        guest_devices::add_admitted(&mut plan, &admitted)?;
 
         let pids = request.pid_namespace.enum_value_or_default();
         let holder = match pids {
@@ -177,6 +187,7 @@ impl Containers {
             init_handle: launched.pidfd,
             seccomp,
             user_namespace: plan.id_maps.is_some(),
+            has_admitted_devices: !admitted.is_empty(),
             state: Mutex::new(State {
                 phase: Phase::Created(launched.channel),
                 execs: HashMap::new(),
@@ -250,6 +261,16 @@ impl Containers {
         lock(&self.table).remove(id);
         crate::share::forget(id);
         Ok(())
+    }
+
+    /// Stops every container that has an admitted device; one that does not stop dies.
+    pub async fn freeze_with_devices(&self) {
+        let all: Vec<_> = lock(&self.table).values().flatten().cloned().collect();
+        for container in all.iter().filter(|c| c.has_admitted_devices) {
+            if container.pause().await.is_err() && container.cgroup.kill().is_err() {
+                crate::log!("a container with devices neither stops nor dies");
+            }
+        }
     }
 
     /// Kills every container, for the end of the guest.

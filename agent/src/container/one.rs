@@ -28,6 +28,7 @@ pub struct Container {
     pub(super) init_handle: OwnedFd,
     pub(super) seccomp: Option<OwnedFd>,
     pub(super) user_namespace: bool,
+    pub(super) has_admitted_devices: bool,
     pub(super) oom: OomWatch,
     pub(super) state: Mutex<State>,
 }

@@ -7,10 +7,12 @@
 
 mod filter;
 mod mount;
+mod sev;
 mod terminal;
 
 pub use filter::*;
 pub use mount::*;
+pub use sev::*;
 pub use terminal::*;
 
 use std::ffi::{CStr, CString};

@@ -1,6 +1,7 @@
 //! sealpod.toml: what a node's administrator may decide. Types, defaults and limits; reading and
 //! merging files is [`load()`]. `configs/sealpod.toml` documents every key; a test keeps the two in step.
 
+mod attestation;
 mod load;
 
 use std::{
@@ -10,6 +11,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+pub use attestation::{
+    Attestation, DEFAULT_POLICY, Device, OnLoss, Policy, device_id, is_pci_address,
+};
 pub use load::{ConfigError, DEFAULT_PATH, PATH_VARIABLE, load};
 
 use crate::{
@@ -31,6 +35,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// What pods may decide.
     pub annotations: Annotations,
+    /// Who appraises pods, and what is released to those that are affirmed.
+    pub attestation: Attestation,
 }
 
 /// `[runtime]`
@@ -227,7 +233,13 @@ impl Default for Timeouts {
 impl Default for Annotations {
     fn default() -> Self {
         Self {
-            allow: vec![Name::Vcpus, Name::MemoryMib],
+            allow: vec![
+                Name::Vcpus,
+                Name::MemoryMib,
+                Name::AttestationPolicy,
+                Name::AttestationDevices,
+                Name::InitData,
+            ],
         }
     }
 }
@@ -322,7 +334,8 @@ impl Config {
             t.request_seconds.into(),
             1,
             3600,
-        )
+        )?;
+        self.attestation.check_values()
     }
 
     /// Checks the values of keys against one another.
@@ -339,7 +352,7 @@ impl Config {
             );
             return Err(("sizing.default_memory_mib", allowed));
         }
-        Ok(())
+        self.attestation.check_together()
     }
 }
 
