@@ -1,7 +1,13 @@
 //! A sandbox of the Sandbox API, in the terms that a sandbox container's specification would have used:
 //! from there on there is one way to boot a pod.
 
-use std::{fs, io, os::unix::fs::DirBuilderExt, path::Path};
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
@@ -10,11 +16,88 @@ use oci_spec::runtime::{
 };
 use sealpod_protocol::{SANDBOX_SHM_DIR, cri::PodSandboxConfig};
 
-use super::{SandboxRequest, boot::BootRequest};
+use super::{Pod, boot::BootRequest, lock};
 use crate::{
+    container::Exit,
     error::{Error, Kind, Result},
     spec,
 };
+
+/// What the Sandbox service is asked for.
+#[derive(Debug, Clone)]
+pub struct SandboxRequest {
+    /// Bundle of the sandbox.
+    pub bundle: PathBuf,
+    /// The pod's network namespace.
+    pub netns: Option<PathBuf>,
+    /// Annotations of the pod.
+    pub annotations: HashMap<String, String>,
+    /// Configuration file that the runtime's options name.
+    pub config: Option<String>,
+    /// What the CRI says of the pod.
+    pub pod: Option<PodSandboxConfig>,
+}
+
+/// What the Sandbox service is told of the pod.
+#[derive(Debug, Clone, Copy)]
+pub struct SandboxStatus {
+    /// The VM runs.
+    pub ready: bool,
+    /// When it was there.
+    pub created_ns: Option<i64>,
+    /// How it ended.
+    pub exit: Option<Exit>,
+}
+
+impl Pod {
+    /// Notes what a sandbox will be made of.
+    ///
+    /// # Errors
+    /// A second time.
+    pub fn create_sandbox(&self, request: SandboxRequest) -> Result<()> {
+        let mut sandbox = lock(&self.sandbox);
+        if sandbox.is_some() {
+            return Err(Error::new(
+                Kind::AlreadyExists,
+                format!("sandbox {:?} already exists", self.id()),
+            ));
+        }
+        *sandbox = Some(request);
+        Ok(())
+    }
+
+    /// Boots the VM of a sandbox that was created. Returns its pid and when it was there.
+    ///
+    /// # Errors
+    /// Not created, or what the boot failed of.
+    pub async fn start_sandbox(self: &Arc<Self>) -> Result<(u32, i64)> {
+        let request = lock(&self.sandbox).clone();
+        let request = request
+            .ok_or_else(|| Error::not_found(format!("sandbox {:?} not found", self.id())))?;
+        if let Some(pod) = &request.pod {
+            let written = write_files(self.identity.place.dir(), pod);
+            written.map_err(|e| Error::chain(Kind::Unknown, &e))?;
+        }
+        let boot = boot_request(self.id(), request)?;
+        self.boot(boot).await?;
+        self.connect_network().await?;
+        Ok((
+            self.vm_pid(),
+            lock(&self.view).created_ns.unwrap_or_default(),
+        ))
+    }
+
+    /// State for the Sandbox service.
+    #[must_use]
+    pub fn sandbox_status(&self) -> SandboxStatus {
+        let view = lock(&self.view);
+        SandboxStatus {
+            ready: view.guest.is_some(),
+            created_ns: view.created_ns,
+            exit: *self.ended.borrow(),
+        }
+    }
+}
 
 /// What to boot for `request`. The CRI's pod configuration comes first, then the bundle's
 /// specification, then nothing.

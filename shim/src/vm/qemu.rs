@@ -23,9 +23,9 @@ use super::check::{check, find_program};
 use super::console::{Console, panic_message};
 use super::hotplug::{self, Ports};
 use super::qmp::Qmp;
-use super::tsc;
+use super::{passed, tsc};
 use super::{
-    Accelerator, Disk, Driver, ExitReason, Mark, Nic, VSOCK_FILE, Vm, VmConfig, VmError, VmExit,
+    Accelerator, Disk, Driver, ExitReason, Mark, Nic, Passed, VSOCK_FILE, Vm, VmConfig, VmError, VmExit,
 };
 use crate::child::{self, Child, Command, Exit, Jail, Watch};
 use crate::ledger::Ledger;
@@ -102,7 +102,7 @@ impl Driver for Qemu {
 }
 
 /// The guest's command line. The first time after a boot of the host, a measurement blocks.
-async fn cmdline(config: &VmConfig) -> String {
+pub async fn cmdline(config: &VmConfig) -> String {
     let state_dir = config.dir.parent().unwrap_or(&config.dir).to_owned();
     let tsc_khz = match config.accelerator {
         Accelerator::Kvm => None,
@@ -111,7 +111,13 @@ async fn cmdline(config: &VmConfig) -> String {
             .unwrap_or(None),
     };
     let hotplug = config.hotplug_ports > 0;
-    args::cmdline(config.accelerator, tsc_khz, hotplug, &config.kernel_params)
+    args::cmdline(
+        config.accelerator,
+        config.vcpus,
+        tsc_khz,
+        hotplug,
+        &config.kernel_params,
+    )
 }
 
 fn mark(what: &'static str) -> Mark {
@@ -311,6 +317,14 @@ impl Vm for Machine {
 
     async fn add_nic(&self, nic: Nic) -> Result<(), VmError> {
         hotplug::add_nic(&self.qmp, &self.ports, nic).await
+    }
+
+    async fn pass(&self, device: Passed) -> Result<(), VmError> {
+        passed::add(&self.qmp, &self.ports, &device).await
+    }
+
+    async fn take_back(&self, id: &str) -> Result<(), VmError> {
+        passed::take(&self.qmp, &self.ports, id).await
     }
 
     async fn wait(&self) -> VmExit {
