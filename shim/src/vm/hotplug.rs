@@ -22,10 +22,10 @@ const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
 pub(super) struct Ports(Mutex<Vec<Option<String>>>);
 
 /// A port that is taken for a device, until that is there or has failed.
-struct Taken<'a> {
+pub(super) struct Taken<'a> {
     ports: &'a Ports,
-    index: usize,
-    keep: bool,
+    pub(super) index: usize,
+    pub(super) keep: bool,
 }
 
 impl Drop for Taken<'_> {
@@ -45,7 +45,7 @@ impl Ports {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, id: &str) -> Result<Taken<'_>, VmError> {
+    pub(super) fn take(&self, id: &str) -> Result<Taken<'_>, VmError> {
         let mut ports = self.lock();
         if ports.iter().flatten().any(|other| other == id) {
             return Err(VmError::Config {
@@ -83,7 +83,7 @@ fn disk_id(serial: &str) -> String {
     format!("disk-{serial}")
 }
 
-fn check_serial(serial: &str) -> Result<(), VmError> {
+pub(super) fn check_serial(serial: &str) -> Result<(), VmError> {
     let ok = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
     if (1..=SERIAL_MAX).contains(&serial.len()) && serial.bytes().all(ok) {
         return Ok(());
@@ -170,8 +170,15 @@ async fn attach_disk(
 pub(super) async fn remove_disk(qmp: &Qmp, ports: &Ports, serial: &str) -> Result<(), VmError> {
     check_serial(serial)?;
     let id = disk_id(serial);
-    if !ports.holds(&id) {
-        return Err(VmError::NoDevice(serial.into()));
+    remove(qmp, ports, &id, serial).await?;
+    let node = json!({"node-name": id});
+    qmp.execute("blockdev-del", node).await.map(drop)
+}
+
+/// Takes the device `id` of QEMU from the guest; people know it as `name`.
+pub(super) async fn remove(qmp: &Qmp, ports: &Ports, id: &str, name: &str) -> Result<(), VmError> {
+    if !ports.holds(id) {
+        return Err(VmError::NoDevice(name.into()));
     }
     let mut events = qmp.events();
     qmp.execute("device_del", json!({"id": id})).await?;
@@ -188,14 +195,13 @@ pub(super) async fn remove_disk(qmp: &Qmp, ports: &Ports, serial: &str) -> Resul
         Ok(done) => done?,
         Err(_) => {
             return Err(VmError::Silent {
-                command: format!("let go of disk {serial}"),
+                command: format!("let go of {name}"),
                 seconds: REMOVE_PATIENCE.as_secs(),
             });
         }
     }
-    ports.release(&id);
-    let node = json!({"node-name": id});
-    qmp.execute("blockdev-del", node).await.map(drop)
+    ports.release(id);
+    Ok(())
 }
 
 pub(super) async fn add_nic(qmp: &Qmp, ports: &Ports, nic: Nic) -> Result<(), VmError> {

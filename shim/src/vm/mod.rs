@@ -15,6 +15,7 @@ mod check;
 mod console;
 mod hotplug;
 mod image;
+mod passed;
 pub mod probe;
 mod qemu;
 mod qmp;
@@ -33,7 +34,7 @@ use crate::ledger::{Ledger, LedgerError};
 
 pub use check::find_program;
 pub use image::{ImageError, check_initramfs, check_kernel};
-pub use qemu::Qemu;
+pub use qemu::{Qemu, cmdline};
 
 /// Least memory of a guest, MiB: below it the kernel, its root and the agent do not come up.
 pub const MEMORY_MIN_MIB: u64 = 64;
@@ -120,6 +121,35 @@ pub struct Disk {
     pub readonly: bool,
     /// By which the guest finds it: 1 to [`SERIAL_MAX`] of `[A-Za-z0-9_-]`.
     pub serial: String,
+}
+
+/// A device of the host that a running VM gets as its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Passed {
+    /// A PCI function that is bound to VFIO.
+    Vfio {
+        /// 1 to [`SERIAL_MAX`] of `[A-Za-z0-9_-]`.
+        id: String,
+        /// Its character device, `/dev/vfio/devices/vfio<n>`.
+        cdev: PathBuf,
+    },
+    /// An NVMe disk that the VMM emulates, read-only, in place of a function that this host lacks.
+    StandIn {
+        /// Its serial number, as above.
+        id: String,
+        /// File with its content.
+        path: PathBuf,
+    },
+}
+
+impl Passed {
+    /// Its name, and in the guest its serial number.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Vfio { id, .. } | Self::StandIn { id, .. } => id,
+        }
+    }
 }
 
 /// Why a VM ended.
@@ -277,6 +307,11 @@ pub trait Vm: Send + Sync {
     async fn remove_disk(&self, serial: &str) -> Result<(), VmError>;
     /// Adds a network device.
     async fn add_nic(&self, nic: Nic) -> Result<(), VmError>;
+
+    /// Passes a device into the VM. Returns when the VMM has it; the guest sees it a moment later.
+    async fn pass(&self, device: Passed) -> Result<(), VmError>;
+    /// Takes the device of this id away. Returns when the guest has let go of it.
+    async fn take_back(&self, id: &str) -> Result<(), VmError>;
 
     /// Waits for the end. Any number of callers, any number of times.
     async fn wait(&self) -> VmExit;

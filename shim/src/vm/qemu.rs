@@ -23,10 +23,11 @@ use super::check::{check, find_program};
 use super::console::{Console, panic_message};
 use super::hotplug::{self, Ports};
 use super::qmp::Qmp;
-use super::{passed, tsc};
 use super::{
-    Accelerator, Disk, Driver, ExitReason, Mark, Nic, Passed, VSOCK_FILE, Vm, VmConfig, VmError, VmExit,
+    Accelerator, Disk, Driver, ExitReason, Mark, Nic, Passed, VSOCK_FILE, Vm, VmConfig, VmError,
+    VmExit,
 };
+use super::{passed, tsc};
 use crate::child::{self, Child, Command, Exit, Jail, Watch};
 use crate::ledger::Ledger;
 
