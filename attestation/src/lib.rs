@@ -12,6 +12,7 @@
 //! [`init_data`], [`token`]), small and without C code. With `verify`: everything else.
 
 pub mod binding;
+pub mod challenge;
 pub mod encoding;
 pub mod evidence;
 pub mod init_data;
@@ -19,6 +20,10 @@ pub mod token;
 
 #[cfg(feature = "verify")]
 pub mod anchors;
+#[cfg(feature = "verify")]
+pub mod appraise;
+#[cfg(feature = "verify")]
+pub mod audit;
 #[cfg(feature = "verify")]
 pub mod collateral;
 #[cfg(feature = "verify")]
@@ -34,9 +39,13 @@ pub mod nvidia;
 #[cfg(feature = "verify")]
 pub mod ocsp;
 #[cfg(feature = "verify")]
+pub mod policy;
+#[cfg(feature = "verify")]
 pub mod reference;
 #[cfg(feature = "verify")]
 pub mod signer;
+#[cfg(feature = "verify")]
+pub mod simulate;
 #[cfg(feature = "verify")]
 pub mod snp;
 #[cfg(feature = "verify")]
