@@ -1,6 +1,7 @@
 //! The machine side of sealpod: devices that a VM is given, written against guest memory and
-//! virtqueues and not against one hypervisor. Today that is the user-space vsock engine; the
-//! built-in VMM will live here too.
+//! virtqueues and not against one hypervisor, and the built-in VMM that gives them to a guest on KVM.
 
+pub mod machine;
+pub mod mmio;
 pub mod virtio;
 pub mod vsock;

@@ -1,0 +1,115 @@
+//! `sealpod-vmm`: one virtual machine in a process of its own. `boot` starts one by hand, for benches
+//! and for looking into a guest that does not come up; the shim uses `serve` (`control`).
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, mpsc};
+
+use sealpod_vmm::machine::{Boot, Config, End, Machine};
+use sealpod_vmm::virtio::{Block, Device, Rng};
+
+const USAGE: &str = "\
+usage: sealpod-vmm boot --kernel FILE [OPTIONS]
+
+  --kernel FILE     vmlinux with a PVH entry
+  --initrd FILE     cpio archive
+  --cmdline TEXT    the kernel's command line (default: console=ttyS0)
+  --memory MIB      default 256
+  --vcpus N         default 1
+  --disk FILE       a disk, written to; repeatable
+  --shared-memory   memory that another process could map
+  --spare-slots N   for devices that come later
+
+The guest's console is the standard output. The VM ends when the guest restarts or fails.";
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.split_first() {
+        Some((command, rest)) if command == "boot" => boot(rest),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(End::Guest) => ExitCode::SUCCESS,
+        Ok(End::Failed(why)) => {
+            eprintln!("sealpod-vmm: {why}");
+            ExitCode::FAILURE
+        }
+        Err(e) => {
+            let mut text = e.to_string();
+            let mut source = e.source();
+            while let Some(cause) = source {
+                text += &format!(": {cause}");
+                source = cause.source();
+            }
+            eprintln!("sealpod-vmm: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Boots a machine and waits for its end.
+fn boot(arguments: &[String]) -> Result<End, Failure> {
+    let config = parse(arguments)?;
+    let (tell, told) = mpsc::channel();
+    let machine = Machine::new(config, move |end| {
+        let _ = tell.send(end);
+    })?;
+    machine.resume();
+    Ok(told.recv()?)
+}
+
+fn parse(arguments: &[String]) -> Result<Config, Failure> {
+    let mut kernel = None;
+    let mut initramfs = None;
+    let mut cmdline = "console=ttyS0".to_owned();
+    let (mut memory_mib, mut vcpus, mut spare_slots) = (256, 1, 0);
+    let mut shared_memory = false;
+    let mut devices: Vec<Arc<Mutex<dyn Device>>> = vec![Arc::new(Mutex::new(Rng::new()?))];
+    let mut words = arguments.iter();
+    while let Some(name) = words.next() {
+        if name == "--shared-memory" {
+            shared_memory = true;
+            continue;
+        }
+        let value = words
+            .next()
+            .ok_or_else(|| format!("{name} needs a value"))?;
+        let open = |file: &str| File::open(file).map_err(|e| format!("{file}: {e}"));
+        let number = || value.parse().map_err(|e| format!("{name} {value}: {e}"));
+        match name.as_str() {
+            "--kernel" => kernel = Some(open(value)?),
+            "--initrd" => initramfs = Some(open(value)?),
+            "--cmdline" => cmdline.clone_from(value),
+            "--memory" => memory_mib = number()?,
+            "--vcpus" => vcpus = u32::try_from(number()?)?,
+            "--spare-slots" => spare_slots = usize::try_from(number()?)?,
+            "--disk" => {
+                let file = OpenOptions::new().read(true).write(true).open(value);
+                let file = file.map_err(|e| format!("{value}: {e}"))?;
+                let serial = format!("disk{}", devices.len());
+                devices.push(Arc::new(Mutex::new(Block::new(file, false, &serial)?)));
+            }
+            _ => return Err(format!("unknown argument {name}\n{USAGE}").into()),
+        }
+    }
+    let console: OwnedFd = std::io::stdout().as_fd().try_clone_to_owned()?;
+    Ok(Config {
+        boot: Boot {
+            kernel: kernel.ok_or("--kernel is missing")?,
+            initramfs,
+            cmdline,
+        },
+        memory_mib,
+        shared_memory,
+        vcpus,
+        console: File::from(console),
+        devices,
+        spare_slots,
+    })
+}

@@ -1,0 +1,146 @@
+//! The guest's memory: private and anonymous, or a memfd where another process shares it. Mapped at
+//! a multiple of 2 MiB and advised to take huge pages, so that a guest's page faults are few.
+
+#![expect(
+    unsafe_code,
+    reason = "mapping and advising memory has no safe interface"
+)]
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use super::Error;
+use super::layout::HOLE;
+
+/// A huge page of x86-64.
+const HUGE: u64 = 2 << 20;
+
+/// Memory of `bytes`, a multiple of 1 MiB, around the hole below 4 GiB. It is the process's for good:
+/// a VMM has one guest in its life.
+pub(super) fn create(bytes: u64, shared: bool) -> Result<GuestMemoryMmap, Error> {
+    let file = shared.then(|| memfd(bytes).map(Arc::new)).transpose();
+    let file = file.map_err(Error::io("make shared memory"))?;
+    let low = bytes.min(HOLE.start);
+    let mut regions = vec![region(0, low, file.as_ref(), 0)?];
+    if bytes > low {
+        regions.push(region(HOLE.end, bytes - low, file.as_ref(), low)?);
+    }
+    GuestMemoryMmap::from_regions(regions)
+        .map_err(|e| Error::Memory(format!("its regions do not fit together: {e}")))
+}
+
+fn memfd(bytes: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a string with its NUL; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and is nobody else's.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes)?;
+    // Who shares it must not be able to take it away under the guest.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the descriptor is open; no pointer is passed.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+fn region(
+    guest: u64,
+    bytes: u64,
+    file: Option<&Arc<File>>,
+    offset: u64,
+) -> Result<GuestRegionMmap, Error> {
+    let size = usize::try_from(bytes)
+        .map_err(|_| Error::Memory(format!("{bytes} bytes do not fit into a process")))?;
+    let mapped = map(size, file.map(|f| (f.as_raw_fd(), offset)));
+    let address = mapped.map_err(Error::io("map the guest's memory"))?;
+    let mut builder = MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_NORESERVE);
+    if let Some(file) = file {
+        builder = builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), offset));
+    }
+    // SAFETY: `map` has just mapped `size` bytes there, and nothing ever unmaps them.
+    let mapping = unsafe { builder.with_raw_mmap_pointer(address.cast()) }.build();
+    let mapping = mapping.map_err(|e| Error::Memory(e.to_string()))?;
+    GuestRegionMmap::new(mapping, GuestAddress(guest))
+        .ok_or_else(|| Error::Memory(format!("{bytes:#x} bytes at {guest:#x} end beyond 2^64")))
+}
+
+/// Maps `size` bytes at a multiple of [`HUGE`], of a file from an offset or of nothing.
+fn map(size: usize, file: Option<(i32, u64)>) -> io::Result<*mut c_void> {
+    let huge = HUGE as usize;
+    let reserved = size
+        .checked_add(huge)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address that the kernel chooses; the result is checked.
+    let start = unsafe {
+        let none = std::ptr::null_mut();
+        libc::mmap(none, reserved, libc::PROT_NONE, anonymous, -1, 0)
+    };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let skip = start.addr().next_multiple_of(huge) - start.addr();
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let (flags, fd, offset) = match file {
+        Some((fd, offset)) => (libc::MAP_SHARED | libc::MAP_NORESERVE, fd, offset),
+        None => (anonymous, -1, 0),
+    };
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: the fixed address and `size` bytes after it lie within what was just reserved, which
+    // nobody else knows of; the rest of that is given back.
+    unsafe {
+        let address = start.byte_add(skip);
+        let mapped = libc::mmap(address, size, access, flags | libc::MAP_FIXED, fd, offset);
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        if skip > 0 {
+            libc::munmap(start, skip);
+        }
+        let page = size.next_multiple_of(4096);
+        libc::munmap(address.byte_add(page), reserved - skip - page);
+        // Advice; without huge pages the guest runs too.
+        libc::madvise(address, size, libc::MADV_HUGEPAGE);
+        // The guest's memory is not for core files.
+        libc::madvise(address, size, libc::MADV_DONTDUMP);
+        Ok(address)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    #[test]
+    fn memory_lies_around_the_hole_and_at_multiples_of_a_huge_page() {
+        for shared in [false, true] {
+            let memory = create(5 << 30, shared).unwrap();
+            let found: Vec<_> = memory
+                .iter()
+                .map(|r| (r.start_addr().raw_value(), r.len()))
+                .collect();
+            assert_eq!(found, [(0, 3 << 30), (4 << 30, 2 << 30)]);
+            for region in memory.iter() {
+                assert_eq!(region.as_ptr().addr() % HUGE as usize, 0);
+                assert_eq!(region.file_offset().is_some(), shared);
+                let last = region.last_addr();
+                memory.write_obj(7_u8, last).unwrap();
+                assert_eq!(memory.read_obj::<u8>(last).unwrap(), 7);
+            }
+        }
+    }
+}
