@@ -46,47 +46,37 @@ impl From<io::Error> for Refusal {
     }
 }
 
-/// Does a request; returns how many bytes of the chain were written.
+/// Does a request; returns how many bytes of the chain count as written: up to the status, which is
+/// last, even where nothing came before it.
 pub(super) fn handle(disk: &Disk, mut chain: Chain<'_>) -> u32 {
+    let length = u32::try_from(chain.writable.len()).unwrap_or(u32::MAX);
     let status = chain.writable.split_back(1);
     if status.is_empty() {
-        return 0; // nowhere to say what became of it
+        return 0; // nowhere to say what became of it: nothing does
     }
-    let (code, written) = match perform(disk, &mut chain.readable, &chain.writable) {
-        Ok(written) => (OK, written),
-        Err(Refusal::Failed) => (IOERR, 0),
-        Err(Refusal::Unsupported) => (UNSUPP, 0),
+    let code = match perform(disk, &mut chain.readable, &chain.writable) {
+        Ok(()) => OK,
+        Err(Refusal::Failed) => IOERR,
+        Err(Refusal::Unsupported) => UNSUPP,
     };
     status.write(&[code]);
-    written + 1
+    length
 }
 
-/// Returns how many bytes were written to `room`.
-fn perform(disk: &Disk, said: &mut Buffers<'_>, room: &Buffers<'_>) -> Result<u32, Refusal> {
+fn perform(disk: &Disk, said: &mut Buffers<'_>, room: &Buffers<'_>) -> Result<(), Refusal> {
     let mut header = [0; HEADER];
     if said.split_front(HEADER).read(&mut header) != HEADER {
         return Err(Refusal::Failed);
     }
     let (kind, sector) = (u32_at(&header, 0), u64_at(&header, 8));
     match kind {
-        IN => {
-            let offset = range(disk, sector, room.len())?;
-            disk.read(room, offset)?;
-            Ok(room.len() as u32) // less than 16 MiB
-        }
-        OUT => {
-            let offset = range(disk, sector, said.len())?;
-            disk.write(said, offset)?;
-            Ok(0)
-        }
-        FLUSH => {
-            disk.flush()?;
-            Ok(0)
-        }
+        IN => disk.read(room, range(disk, sector, room.len())?)?,
+        OUT => disk.write(said, range(disk, sector, said.len())?)?,
+        FLUSH => disk.flush()?,
         GET_ID => {
             let mut id = [0; ID];
             id[..disk.serial().len()].copy_from_slice(disk.serial());
-            Ok(room.write(&id) as u32)
+            room.write(&id);
         }
         DISCARD => {
             for (offset, length, flags) in ranges(disk, said, DISCARD_RANGES, DISCARD_SECTORS)? {
@@ -95,7 +85,6 @@ fn perform(disk: &Disk, said: &mut Buffers<'_>, room: &Buffers<'_>) -> Result<u3
                 }
                 disk.discard(offset, length)?;
             }
-            Ok(0)
         }
         WRITE_ZEROES => {
             for (offset, length, flags) in ranges(disk, said, 1, ZERO_SECTORS)? {
@@ -104,10 +93,10 @@ fn perform(disk: &Disk, said: &mut Buffers<'_>, room: &Buffers<'_>) -> Result<u3
                 }
                 disk.zero(offset, length, flags & UNMAP != 0)?;
             }
-            Ok(0)
         }
-        _ => Err(Refusal::Unsupported),
+        _ => return Err(Refusal::Unsupported),
     }
+    Ok(())
 }
 
 /// Where `length` bytes from `sector` on begin, bytes, if that is whole sectors of the disk and not
@@ -117,7 +106,7 @@ fn range(disk: &Disk, sector: u64, length: usize) -> Result<u64, Refusal> {
     let sectors = length / SECTOR;
     let fits = (sector.checked_add(sectors)).is_some_and(|end| end <= disk.sectors());
     let most = u64::from(SEGMENTS) * u64::from(SEGMENT);
-    if !fits || length % SECTOR != 0 || length > most {
+    if !fits || !length.is_multiple_of(SECTOR) || length > most {
         return Err(Refusal::Failed);
     }
     Ok(sector * SECTOR) // below the disk's length
@@ -133,7 +122,7 @@ fn ranges(
     if disk.readonly() {
         return Err(Refusal::Failed);
     }
-    if said.is_empty() || said.len() % RANGE != 0 || said.len() / RANGE > most as usize {
+    if said.is_empty() || !said.len().is_multiple_of(RANGE) || said.len() / RANGE > most as usize {
         return Err(Refusal::Failed);
     }
     let mut raw = vec![0; said.len()];

@@ -65,7 +65,10 @@ impl<'a> Parked<'a> {
                 return Ok(End::NoRoom);
             }
             let room = self.room(mergeable);
-            match tap.read(&room) {
+            // A frame that does not fit is cut off by the kernel, which shows only here.
+            let (mut spill, mut space) = ([0], room.clone());
+            let _ = space.append(&Buffers::from(&mut spill[..]));
+            match tap.read(&space) {
                 Ok(length) if length <= room.len() => {
                     let used = self.use_up(length);
                     // The tap leaves this field alone.

@@ -1,0 +1,142 @@
+//! The socket device as a transport: what the engine itself does is tested in `tests/vsock`.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use sealpod_vmm::virtio::{Device, Vsock};
+use sealpod_vmm::vsock::{Config, Engine, HEADER_LEN, Header, Limits, Op};
+
+use crate::driver::Machine;
+
+const RX: usize = 0;
+const TX: usize = 1;
+const EVENTS: usize = 2;
+
+pub(crate) fn device(dir: &Path) -> Vsock {
+    let config = Config {
+        uds: dir.join("vsock.sock"),
+        guest_cid: 3,
+        limits: Limits::default(),
+    };
+    Vsock::new(Engine::new(&config).unwrap())
+}
+
+/// Offers receive buffers.
+fn refill(guest: &mut Machine<Vsock>) {
+    for _ in 0..16 {
+        guest.offer(RX, &[], &[4096]);
+    }
+}
+
+/// The next packet for the guest.
+fn receive(guest: &mut Machine<Vsock>) -> Option<(Header, Vec<u8>)> {
+    let (_, mut packet) = guest.done(RX)?;
+    let payload = packet.split_off(HEADER_LEN);
+    Some((
+        Header::decode(packet.as_slice().try_into().unwrap()),
+        payload,
+    ))
+}
+
+fn send(guest: &mut Machine<Vsock>, to: &Header, op: Op, payload: &[u8]) {
+    let header = Header {
+        op: op as u16,
+        len: payload.len() as u32,
+        buf_alloc: 1 << 16,
+        ..to.reset()
+    };
+    guest.ask(TX, &[&header.encode(), payload], &[]);
+}
+
+/// A client of port 7 whose connection the guest has accepted.
+fn connected(guest: &mut Machine<Vsock>, dir: &Path) -> (UnixStream, Header) {
+    let mut client = UnixStream::connect(dir.join("vsock.sock")).unwrap();
+    client.write_all(b"CONNECT 7\n").unwrap();
+    guest.run();
+    let (request, _) = receive(guest).expect("a request for the guest");
+    assert_eq!((request.op, request.dst_port), (Op::Request as u16, 7));
+    send(guest, &request, Op::Response, b"");
+    let mut line = [0; 64];
+    let count = std::io::Read::read(&mut client, &mut line).unwrap();
+    assert!(line[..count].starts_with(b"OK "));
+    (client, request)
+}
+
+#[test]
+fn bytes_go_both_ways_and_the_guest_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = Machine::new(device(dir.path()));
+    refill(&mut guest);
+    let (mut client, name) = connected(&mut guest, dir.path());
+    guest.interrupts(RX);
+    client.write_all(b"to the guest").unwrap();
+    guest.run();
+    assert_eq!(receive(&mut guest).unwrap().1, b"to the guest");
+    assert_eq!(guest.interrupts(RX), 1);
+    send(&mut guest, &name, Op::Rw, b"to the host");
+    let mut text = [0; 11];
+    std::io::Read::read_exact(&mut client, &mut text).unwrap();
+    assert_eq!(&text, b"to the host");
+}
+
+#[test]
+fn a_client_that_comes_before_the_driver_is_served_when_it_is_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = device(dir.path());
+    let mut client = UnixStream::connect(dir.path().join("vsock.sock")).unwrap();
+    client.write_all(b"CONNECT 9\n").unwrap();
+    let mut guest = Machine::new(device);
+    refill(&mut guest);
+    guest.kick(RX);
+    guest.run();
+    assert_eq!(receive(&mut guest).unwrap().0.dst_port, 9);
+}
+
+#[test]
+fn what_was_sent_right_before_a_reset_arrives_and_then_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = Machine::new(device(dir.path()));
+    refill(&mut guest);
+    let (mut client, name) = connected(&mut guest, dir.path());
+    let header = Header {
+        op: Op::Rw as u16,
+        len: 4,
+        buf_alloc: 1 << 16,
+        ..name.reset()
+    };
+    guest.offer(TX, &[&header.encode(), b"last"], &[]); // never kicked
+    guest.reboot();
+    let mut text = Vec::new();
+    std::io::Read::read_to_end(&mut client, &mut text).unwrap();
+    assert_eq!(text, b"last");
+    refill(&mut guest);
+    connected(&mut guest, dir.path());
+}
+
+#[test]
+fn a_moved_guest_is_told_that_its_connections_are_gone() {
+    let (old, new) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut guest = Machine::new(device(old.path()));
+    refill(&mut guest);
+    for _ in 0..8 {
+        guest.offer(EVENTS, &[], &[4]);
+    }
+    let (mut client, _) = connected(&mut guest, old.path());
+    let mut guest = guest.moved_to(device(new.path()));
+    let mut rest = Vec::new();
+    std::io::Read::read_to_end(&mut client, &mut rest).unwrap();
+    guest.run();
+    assert_eq!(guest.done(EVENTS).unwrap().1, [0; 4]); // VIRTIO_VSOCK_EVENT_TRANSPORT_RESET
+    assert!(guest.interrupts(EVENTS) > 0);
+    assert!(guest.done(EVENTS).is_none());
+    connected(&mut guest, new.path());
+}
+
+#[test]
+fn the_configuration_is_the_guests_cid() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cid = [0; 8];
+    device(dir.path()).read_config(0, &mut cid);
+    assert_eq!(u64::from_le_bytes(cid), 3);
+}
