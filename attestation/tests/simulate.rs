@@ -3,8 +3,10 @@
 
 use std::sync::OnceLock;
 
-use sealpod_attestation::simulate::{Ca, Defect, Minted, SnpClaims};
+use sealpod_attestation::nvidia::{self, Device, NvidiaLimits, NvidiaPolicy};
+use sealpod_attestation::simulate::{Ca, Defect, GpuClaims, Minted, SnpClaims, TdxClaims, TdxForm};
 use sealpod_attestation::snp::{self, Product, SnpLimits, SnpPolicy, Tcb};
+use sealpod_attestation::tdx::{self, TdxLimits, TdxPolicy};
 use sealpod_attestation::verdict::Tee;
 use sealpod_attestation::{Collateral, Outcome, Timestamp, TrustAnchors, Verdict};
 
@@ -109,4 +111,186 @@ fn every_snp_defect_is_refused_by_its_check() {
         let minted = ca().mint_snp(&claims, Some(defect)).unwrap();
         assert_refused_by(&verify_snp(&minted, &anchors(), NOW), defect, Tee::Snp);
     }
+}
+
+fn tdx_claims(form: TdxForm) -> TdxClaims {
+    TdxClaims {
+        form,
+        report_data: [1; 64],
+        mr_td: [2; 48],
+        mr_config_id: [3; 48],
+        ..TdxClaims::default()
+    }
+}
+
+fn verify_tdx(minted: &Minted, anchors: &TrustAnchors) -> Verdict {
+    let policy = TdxPolicy {
+        report_data: Some([1; 64]),
+        mr_config_id: Some([3; 48]),
+        mr_td: vec![[2; 48]],
+        rtmr: tdx_claims(TdxForm::V4).registers().map(|r| vec![r]),
+        limits: TdxLimits {
+            minimum_evaluation_number: 10,
+            ..TdxLimits::default()
+        },
+        ..TdxPolicy::default()
+    };
+    tdx::verify(&minted.report, &pile(minted), &policy, anchors, NOW)
+}
+
+#[test]
+fn tdx_quotes_of_every_form_are_accepted_under_the_ca_only() {
+    for form in [
+        TdxForm::V4,
+        TdxForm::V5Td10,
+        TdxForm::V5Td15,
+        TdxForm::V5Td15Ex,
+    ] {
+        let minted = ca().mint_tdx(&tdx_claims(form), None).unwrap();
+        let verdict = verify_tdx(&minted, &anchors());
+        assert!(
+            verdict.complete() && verdict.simulated,
+            "{form:?} {:?}",
+            verdict.checks.iter().find(|c| c.outcome != Outcome::Pass)
+        );
+        let real = verify_tdx(&minted, &TrustAnchors::production());
+        assert!(!real.accepted() && failures(&real).contains(&"pck-chain"));
+    }
+}
+
+#[test]
+fn every_tdx_defect_is_refused_by_its_check() {
+    for defect in of(Tee::Tdx) {
+        let minted = ca()
+            .mint_tdx(&tdx_claims(TdxForm::V5Td15), Some(defect))
+            .unwrap();
+        assert_refused_by(&verify_tdx(&minted, &anchors()), defect, Tee::Tdx);
+    }
+}
+
+fn gpu_claims(chip: &str) -> GpuClaims {
+    GpuClaims {
+        nonce: [1; 32],
+        chip: chip.into(),
+        ..GpuClaims::default()
+    }
+}
+
+fn verify_gpu(minted: &Minted, anchors: &TrustAnchors) -> Verdict {
+    let mut pile = pile(minted);
+    let device = Device {
+        chain: std::mem::take(&mut pile.certificates),
+        report: minted.report.clone(),
+        ..Device::default()
+    };
+    let policy = NvidiaPolicy {
+        nonce: Some([1; 32]),
+        limits: NvidiaLimits {
+            require_revocation: true,
+            require_rims: true,
+            ..NvidiaLimits::default()
+        },
+    };
+    nvidia::verify(&[device], &pile, &policy, anchors, NOW)
+}
+
+#[test]
+fn gpus_and_switches_are_accepted_under_the_ca_only() {
+    for chip in ["GH100", "GB100", "GB202", "LS10"] {
+        let minted = ca().mint_gpu(&gpu_claims(chip), None).unwrap();
+        let verdict = verify_gpu(&minted, &anchors());
+        let open: Vec<_> = verdict
+            .checks
+            .iter()
+            .filter(|c| c.outcome != Outcome::Pass && c.name != "fwid")
+            .collect();
+        assert!(
+            verdict.accepted() && verdict.simulated && open.is_empty(),
+            "{chip} {open:?}"
+        );
+        assert_eq!(
+            verdict.check("fwid").unwrap().outcome == Outcome::Pass,
+            chip != "LS10"
+        );
+        let real = verify_gpu(&minted, &TrustAnchors::production());
+        let chain = |f: &&str| f.ends_with("chain");
+        assert!(failures(&real).iter().all(|f| chain(&f)) && failures(&real).contains(&"chain"));
+    }
+}
+
+#[test]
+fn every_gpu_defect_is_refused_by_its_check() {
+    for defect in of(Tee::Nvidia) {
+        // Only Blackwell names its chip in the report.
+        let chip = if defect == Defect::OtherChip {
+            "GB100"
+        } else {
+            "GH100"
+        };
+        let minted = ca().mint_gpu(&gpu_claims(chip), Some(defect)).unwrap();
+        assert_refused_by(&verify_gpu(&minted, &anchors()), defect, Tee::Nvidia);
+    }
+}
+
+#[test]
+fn a_node_with_protected_pcie_is_accepted_and_a_stranger_among_its_switches_refused() {
+    let gpu_id = |n: u8| [0x53, 0x49, 0x4d, 0, 0, 0, 0, n];
+    let switch_id = |n: u8| [0x4c, 0x53, 0, 0, 0, 0, 0, n];
+    let serial = |id: [u8; 8]| sealpod_attestation::encoding::hex(&id);
+    let mut devices = Vec::new();
+    let mut pile = Collateral::default();
+    let mut add = |claims: &GpuClaims| {
+        let minted = ca().mint_gpu(claims, None).unwrap();
+        let mut one = self::pile(&minted);
+        devices.push(Device {
+            report: minted.report.clone(),
+            chain: std::mem::take(&mut one.certificates),
+            ..Device::default()
+        });
+        pile.ocsp.extend(one.ocsp);
+        pile.rims = [std::mem::take(&mut pile.rims), one.rims].concat();
+    };
+    for n in 0..8 {
+        let reversed = |n: u8| {
+            let mut id = switch_id(n);
+            id.reverse();
+            id
+        };
+        add(&GpuClaims {
+            serial: serial(gpu_id(n)),
+            mode: nvidia::Mode::Ppcie,
+            switch_pdis: (0..4).map(reversed).collect(),
+            ..gpu_claims("GH100")
+        });
+    }
+    for n in 0..4 {
+        add(&GpuClaims {
+            serial: serial(switch_id(n)),
+            switch_pdis: vec![switch_id(n)],
+            gpu_pdis: (0..8).map(gpu_id).collect(),
+            ..gpu_claims("LS10")
+        });
+    }
+    let policy = NvidiaPolicy {
+        nonce: Some([1; 32]),
+        ..NvidiaPolicy::default()
+    };
+    let verify = |devices: &[Device]| nvidia::verify(devices, &pile, &policy, &anchors(), NOW);
+    let verdict = verify(&devices);
+    assert!(verdict.accepted(), "{:?}", failures(&verdict));
+    assert!(verdict.check("ppcie-gpu7-switches").is_some());
+    let stranger = GpuClaims {
+        serial: serial(switch_id(9)),
+        switch_pdis: vec![switch_id(9)],
+        gpu_pdis: (0..8).map(gpu_id).collect(),
+        ..gpu_claims("LS10")
+    };
+    let minted = ca().mint_gpu(&stranger, None).unwrap();
+    devices[11] = Device {
+        report: minted.report.clone(),
+        chain: self::pile(&minted).certificates,
+        ..Device::default()
+    };
+    let verdict = verify(&devices);
+    assert!(failures(&verdict).iter().any(|f| f.starts_with("ppcie-")));
 }

@@ -9,7 +9,10 @@ mod defect;
 mod encode;
 mod issue;
 mod keys;
+mod nvidia;
+mod rim;
 mod snp;
+mod tdx;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -17,7 +20,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 pub use defect::Defect;
+pub use nvidia::GpuClaims;
 pub use snp::SnpClaims;
+pub use tdx::{TdxClaims, TdxForm};
 
 use crate::anchors::AnchorFile;
 use crate::crypto::sha384;
