@@ -207,10 +207,10 @@ fn forget_in(region: &vm_memory::GuestRegionMmap, offset: u64, length: u64) {
     if start >= end {
         return;
     }
-    // Shared memory is freed in the file behind it; a private mapping just drops its copy.
-    let advice = match region.flags() & libc::MAP_SHARED {
-        0 => libc::MADV_DONTNEED,
-        _ => libc::MADV_REMOVE,
+    // Memory of a file is shared and is freed there; a private mapping just drops its copy.
+    let advice = match region.file_offset() {
+        Some(_) => libc::MADV_REMOVE,
+        None => libc::MADV_DONTNEED,
     };
     // SAFETY: the range lies within the region's mapping, which lives as long as `region`, and
     // nobody holds a Rust reference into guest memory. What is lost is the guest's own content, by
