@@ -7,7 +7,7 @@ fn main() -> std::io::Result<()> {
     let out = std::env::var("OUT_DIR").map_err(std::io::Error::other)?;
     Codegen::new()
         .out_dir(&out)
-        .inputs(["proto/agent.proto", "proto/cri.proto"])
+        .inputs(["proto/agent.proto", "proto/cri.proto", "proto/vmm.proto"])
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
@@ -18,6 +18,6 @@ fn main() -> std::io::Result<()> {
         })
         .run()?;
     // The generated files begin with inner attributes: they can only be read as files of their own.
-    let modules = "pub mod agent;\npub mod agent_ttrpc;\npub mod cri;\n";
+    let modules = "pub mod agent;\npub mod agent_ttrpc;\npub mod cri;\npub mod vmm;\npub mod vmm_ttrpc;\n";
     std::fs::write(std::path::Path::new(&out).join("mod.rs"), modules)
 }

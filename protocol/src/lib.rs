@@ -58,6 +58,8 @@ mod generated {
 pub use generated::agent;
 pub use generated::agent_ttrpc;
 pub use generated::cri;
+pub use generated::vmm;
+pub use generated::vmm_ttrpc;
 
 #[cfg(test)]
 mod tests {

@@ -6,11 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, mpsc};
 
+use sealpod_vmm::control;
 use sealpod_vmm::machine::{Boot, Config, End, Machine};
 use sealpod_vmm::virtio::{Block, Device, Rng};
 
 const USAGE: &str = "\
 usage: sealpod-vmm boot --kernel FILE [OPTIONS]
+       sealpod-vmm serve CONTROL_FD DESCRIPTORS_FD
 
   --kernel FILE     vmlinux with a PVH entry
   --initrd FILE     cpio archive
@@ -29,6 +31,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.split_first() {
         Some((command, rest)) if command == "boot" => boot(rest),
+        Some((command, [control, descriptors])) if command == "serve" => {
+            serve(control, descriptors)
+        }
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -51,6 +56,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Serves the shim on inherited descriptors.
+fn serve(control: &str, descriptors: &str) -> Result<End, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let number = |word: &str| word.parse().map_err(|e| format!("{word}: {e}"));
+    runtime.block_on(control::serve(number(control)?, number(descriptors)?))?;
+    Ok(End::Guest)
 }
 
 /// Boots a machine and waits for its end.

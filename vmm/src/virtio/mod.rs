@@ -14,9 +14,9 @@ mod balloon;
 mod block;
 mod buffers;
 mod event_loop;
-mod fs;
 mod io;
 mod net;
+mod remote;
 mod rings;
 mod rng;
 mod vsock;
@@ -32,8 +32,8 @@ pub use balloon::Balloon;
 pub use block::Block;
 pub use buffers::{Buffers, MAX_PIECES, TooManyPieces};
 pub use event_loop::{Attached, EventLoop, Watch};
-pub use fs::Fs;
 pub use net::{Net, NetConfig};
+pub use remote::Remote;
 pub use rng::Rng;
 pub use vsock::Vsock;
 
@@ -273,8 +273,8 @@ pub enum Error {
     /// A written-down queue that no device can have had.
     #[error("Queue is impossible: {0:?}")]
     QueueState(QueueState),
-    /// The virtiofs daemon did not do its part.
-    #[error("The virtiofs daemon could not be {what}")]
+    /// A device's daemon did not do its part.
+    #[error("The daemon of a device could not be {what}")]
     Daemon {
         /// After "could not be".
         what: &'static str,

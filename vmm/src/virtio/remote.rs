@@ -1,11 +1,12 @@
-//! Shared folder: shows a virtiofs daemon to the guest and then stays out of the way. The daemon works
-//! in the guest's memory and with the guest's kicks itself (vhost-user, this side the front end).
+//! A device that another process implements (a virtiofs daemon, the shim's vsock engine): shows it to the
+//! guest and then stays out of the way. The daemon works in the guest's memory and with the guest's
+//! kicks itself (vhost-user, this side the front end).
 //!
 //! ```text
 //!  guest ──kick (ioeventfd)──▶ daemon ──call──▶ irqfd        with Interrupt::notifier
 //!                                     └─call──▶ event loop ─▶ Interrupt::queue   without
 //! ```
-//! Source: VIRTIO 1.2, section 5.11; the vhost-user protocol of the QEMU project.
+//! Source: VIRTIO 1.2, sections 5.10 and 5.11; the vhost-user protocol of the QEMU project.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -24,20 +25,29 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Activation, Device, Error, Saved, State, Watch, read_bytes};
 
-/// Device type.
-const KIND: u32 = 26;
+/// Device types.
+const FS: u32 = 26;
+const VSOCK: u32 = 19;
 /// Bytes of the tag, padded with zeros (5.11.4).
 const TAG: usize = 36;
 /// Descriptors: the high priority queue has little to carry; a read or write takes a descriptor for
 /// each page, and Linux asks for up to 256 pages less its own overhead.
-const QUEUES: [u16; 2] = [16, 256];
+const FS_QUEUES: [u16; 2] = [16, 256];
+/// Receive, transmit, events; the last is not the daemon's, and nothing is ever said in it.
+const VSOCK_QUEUES: [u16; 3] = [128, 128, 16];
+const VSOCK_SERVED: usize = 2;
 /// How long the daemon may take to answer while it is set up: a guest's CPU waits for it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A shared folder of a guest.
-pub struct Fs {
+/// A device of a guest that another process implements.
+pub struct Remote {
     daemon: Frontend,
-    tag: [u8; TAG],
+    kind: u32,
+    queue_sizes: &'static [u16],
+    /// How many of the queues, from the first, are the daemon's.
+    served: usize,
+    /// The device's configuration; nothing in it is writable.
+    config: Vec<u8>,
     /// Features that the daemon and this device have.
     features: u64,
     active: Option<Active>,
@@ -53,40 +63,65 @@ struct Active {
     started: usize,
 }
 
-impl Fs {
-    /// A device for the daemon at the other end of `socket`, which must be told of shared memory:
-    /// guest memory has to be a file's. `tag`, 1 to 36 bytes, is what the guest mounts.
+impl Remote {
+    /// A shared folder, by the virtiofs daemon at the other end of `socket`, which must be told of
+    /// shared memory: guest memory has to be a file's. `tag`, 1 to 36 bytes, is what the guest mounts.
     ///
     /// # Errors
     /// [`Error`]: an unusable tag, or the daemon is not a vhost-user back end that can do what is
     /// needed.
-    pub fn new(socket: UnixStream, tag: &str) -> Result<Self, Error> {
+    pub fn folder(socket: UnixStream, tag: &str) -> Result<Self, Error> {
         if !(1..=TAG).contains(&tag.len()) || tag.bytes().any(|b| b == 0) {
             return Err(Error::Configuration(format!(
                 "tag {tag:?} of a shared folder does not have 1 to {TAG} bytes"
             )));
         }
-        let mut raw_tag = [0; TAG];
-        raw_tag[..tag.len()].copy_from_slice(tag.as_bytes());
+        // `struct virtio_fs_config` (5.11.4): the tag, and one queue for requests.
+        let mut config = tag.as_bytes().to_vec();
+        config.resize(TAG, 0);
+        config.extend(1_u32.to_le_bytes());
+        Self::new(socket, FS, &FS_QUEUES, FS_QUEUES.len(), config)
+    }
+
+    /// A socket device, by the vsock engine at the other end of `socket`; memory as for
+    /// [`Self::folder`]. `cid` is the guest's number (5.10.4).
+    ///
+    /// # Errors
+    /// As [`Self::folder`].
+    pub fn vsock(socket: UnixStream, cid: u64) -> Result<Self, Error> {
+        let config = cid.to_le_bytes().to_vec();
+        Self::new(socket, VSOCK, &VSOCK_QUEUES, VSOCK_SERVED, config)
+    }
+
+    fn new(
+        socket: UnixStream,
+        kind: u32,
+        queue_sizes: &'static [u16],
+        served: usize,
+        config: Vec<u8>,
+    ) -> Result<Self, Error> {
         for done in [
             socket.set_read_timeout(Some(PATIENCE)),
             socket.set_write_timeout(Some(PATIENCE)),
         ] {
             done.map_err(|source| Error::Resource {
-                what: "limit the wait for the virtiofs daemon",
+                what: "limit the wait for a device's daemon",
                 source,
             })?;
         }
-        let mut daemon = Frontend::from_stream(socket, QUEUES.len() as u64);
+        let mut daemon = Frontend::from_stream(socket, served as u64);
         let features = negotiate(&mut daemon).map_err(failed("greeted"))?;
         if features & 1 << VIRTIO_F_VERSION_1 == 0 {
             return Err(Error::Configuration(
-                "the virtiofs daemon does not offer VIRTIO_F_VERSION_1".into(),
+                "a device's daemon does not offer VIRTIO_F_VERSION_1".into(),
             ));
         }
         Ok(Self {
             daemon,
-            tag: raw_tag,
+            kind,
+            queue_sizes,
+            served,
+            config,
             features,
             active: None,
         })
@@ -102,7 +137,8 @@ impl Fs {
             .collect::<Result<_, _>>()
             .map_err(|_| Error::Configuration("guest memory is not a file's".into()))?;
         (self.daemon.set_mem_table(&regions)).map_err(failed("shown the guest's memory"))?;
-        for (index, (queue, kick)) in activation.queues.iter().enumerate() {
+        let served = activation.queues.iter().take(self.served);
+        for (index, (queue, kick)) in served.enumerate() {
             if !queue.ready() || queue.size() == 0 || !queue.is_valid(&*memory) {
                 return Err(Error::Queue(index));
             }
@@ -181,7 +217,7 @@ impl Active {
         let copy = call.try_clone().map_err(resource("copy an eventfd"))?;
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
         (self.watch.add(&call, index.into(), events))
-            .map_err(resource("watch the virtiofs daemon's signals"))?;
+            .map_err(resource("watch a daemon's signals"))?;
         self.calls.push((index, call));
         Ok(copy)
     }
@@ -195,9 +231,9 @@ impl Drop for Active {
     }
 }
 
-impl Device for Fs {
+impl Device for Remote {
     fn kind(&self) -> u32 {
-        KIND
+        self.kind
     }
 
     fn features(&self) -> u64 {
@@ -205,21 +241,17 @@ impl Device for Fs {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUES
+        self.queue_sizes
     }
 
-    /// `struct virtio_fs_config` (5.11.4): the tag, and one queue for requests.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = [0; TAG + 4];
-        config[..TAG].copy_from_slice(&self.tag);
-        config[TAG] = 1;
-        read_bytes(&config, offset, data);
+        read_bytes(&self.config, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {} // nothing in it is writable
 
     fn activate(&mut self, activation: Activation) -> Result<(), Error> {
-        let (expected, found) = (QUEUES.len(), activation.queues.len());
+        let (expected, found) = (self.queue_sizes.len(), activation.queues.len());
         if found != expected {
             return Err(Error::Queues { expected, found });
         }
@@ -244,7 +276,7 @@ impl Device for Fs {
         for index in 0..active.started {
             // A daemon that is gone does not touch the guest's memory either.
             if let Err(e) = self.daemon.get_vring_base(index) {
-                tracing::debug!("The virtiofs daemon did not stop queue {index}: {e}");
+                tracing::debug!("A device's daemon did not stop queue {index}: {e}");
             }
         }
     }
@@ -260,14 +292,14 @@ impl Device for Fs {
 
     fn save(&mut self) -> Result<Saved, Error> {
         Err(Error::NotSaved {
-            kind: KIND,
-            why: "the files that the guest has open are the daemon's",
+            kind: self.kind,
+            why: "what it remembers of the guest is its daemon's",
         })
     }
 
     fn restore(&mut self, state: &State) -> Result<(), Error> {
-        let found = state.clone();
-        Err(Error::WrongState { kind: KIND, found })
+        let (kind, found) = (self.kind, state.clone());
+        Err(Error::WrongState { kind, found })
     }
 }
 
