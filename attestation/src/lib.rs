@@ -42,6 +42,8 @@ pub mod ocsp;
 pub mod policy;
 #[cfg(feature = "verify")]
 pub mod reference;
+#[cfg(feature = "remote")]
+pub mod remote;
 #[cfg(feature = "verify")]
 pub mod signer;
 #[cfg(feature = "verify")]

@@ -3,6 +3,7 @@
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
+use serde::Serialize;
 
 use crate::binding::PublicKey;
 use crate::token::{self, Claims, TokenError};
@@ -88,7 +89,7 @@ impl Signer {
     ///
     /// # Errors
     /// When the library fails.
-    pub fn token(&self, claims: &Claims) -> Result<String, SignerError> {
+    pub fn token<K: Serialize>(&self, claims: &Claims<K>) -> Result<String, SignerError> {
         let input = token::signing_input(&self.public, claims)?;
         let signature = self.sign(input.as_bytes())?;
         Ok(token::assemble(&input, &signature))

@@ -113,9 +113,9 @@ pub struct VerifierId {
 
 /// What is confirmed: the guest holds this key (RFC 7800).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Confirmation {
+pub struct Confirmation<K = PublicKey> {
     /// K.
-    pub jwk: PublicKey,
+    pub jwk: K,
 }
 
 /// AR4SI trustworthiness claims (draft-ietf-rats-ar4si section 2.3); 2 is affirming, 0 says nothing.
@@ -153,9 +153,9 @@ pub struct Submodule {
     pub device_id: Option<String>,
 }
 
-/// The claims of a token.
+/// The claims of a token. A gate's guest has a key K; a key broker's client has one of another kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Claims {
+pub struct Claims<K = PublicKey> {
     /// [`PROFILE`].
     pub eat_profile: String,
     /// The verifier's name.
@@ -178,7 +178,7 @@ pub struct Claims {
     /// The parts: [`CPU`], `gpu0`, `gpu1`, ….
     pub submods: BTreeMap<String, Submodule>,
     /// The guest's key.
-    pub cnf: Confirmation,
+    pub cnf: Confirmation<K>,
     /// The pod.
     pub pod_uid: String,
     /// SHA-384 of the policy's text, hexadecimal.
@@ -229,7 +229,10 @@ struct Header {
 ///
 /// # Errors
 /// Never for claims that can be JSON, which all are.
-pub fn signing_input(key: &PublicKey, claims: &Claims) -> Result<String, TokenError> {
+pub fn signing_input<K: Serialize>(
+    key: &PublicKey,
+    claims: &Claims<K>,
+) -> Result<String, TokenError> {
     let header = Header {
         alg: "ES384".into(),
         kid: key.thumbprint(),

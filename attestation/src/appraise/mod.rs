@@ -10,34 +10,40 @@
 //! used. Every decision is in the audit log before it is answered.
 
 mod challenges;
+#[cfg(feature = "kbs")]
+mod client;
+mod input;
+mod judge;
 mod result;
 
 use std::sync::{Arc, PoisonError, RwLock};
 
 use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use crate::anchors::TrustAnchors;
 use crate::audit::{AuditError, AuditLog, Record};
 use crate::binding::{self, Nonce, PublicKey};
 use crate::challenge::{CHALLENGE_LIFE, Challenge, is_pod_uid};
 use crate::collateral::Collateral;
-use crate::encoding::{base64url, hex};
-use crate::evidence::{self, Bundle, Tee};
-use crate::init_data::{self, InitData};
-use crate::nvidia::{self, Device};
-use crate::policy::{Policy, PolicyError};
+use crate::encoding::{self, base64url, hex};
+use crate::evidence::{self, Bundle, GpuEvidence};
+use crate::init_data;
+use crate::nvidia::Device;
+use crate::policy::Policy;
 use crate::reference::{ReferenceError, ReferenceValues};
 use crate::signer::{Signer, SignerError};
-use crate::time::Timestamp;
+use crate::snp;
 use crate::token::Claims;
-use crate::verdict::{Outcome, Verdict};
-use crate::{encoding, snp, tdx};
 
 pub use challenges::MAX_CHALLENGES;
+#[cfg(feature = "kbs")]
+pub use client::{ClientAppraisal, ClientRequest};
+pub use input::Subject;
 
 use challenges::{Challenges, Pending};
+use judge::{Bound, tee_name};
+use result::Answers;
 
 /// The check that refused evidence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -153,12 +159,6 @@ pub struct Embedded {
     challenges: Challenges,
 }
 
-/// What was found out about a bundle.
-struct Findings {
-    cpu: Verdict,
-    gpus: Option<Verdict>,
-}
-
 impl Embedded {
     /// A verifier. Without an audit log nothing is written down; gates should have one.
     pub fn new(
@@ -213,23 +213,48 @@ impl Embedded {
         now: u64,
     ) -> Result<Claims, VerifierError> {
         self.check_nonce(inputs, request, now)?;
-        let findings = verify(inputs, request, now)?;
-        let all = || std::iter::once(&findings.cpu).chain(&findings.gpus);
-        if let Some(check) = all().flat_map(Verdict::failures).next() {
-            return Err(Refusal::new(&check.name, &check.expected, &check.found).into());
+        let bundle = request.bundle;
+        let bound = bound(request)?;
+        let findings = judge::judge(inputs, &bound, now)?;
+        let answers = Answers {
+            nonce: request.nonce,
+            key: bundle.key,
+            evidence_digest: hex(&bundle.digest()),
+        };
+        result::claims(&self.issuer, inputs, &bound, &findings, answers, now)
+    }
+
+    /// Writes a decision down, and only then gives out the token.
+    fn conclude<K: Serialize>(
+        &self,
+        mut record: Record,
+        decision: Result<Claims<K>, VerifierError>,
+    ) -> Result<(String, Claims<K>), VerifierError> {
+        match decision {
+            Ok(claims) => {
+                let token = self.signer.token(&claims)?;
+                record.verdict = "affirming".into();
+                record.jti.clone_from(&claims.jti);
+                record.devices.clone_from(&claims.devices);
+                record.sim = claims.sim;
+                self.record(record)?;
+                Ok((token, claims))
+            }
+            Err(VerifierError::Refused(refusal)) => {
+                record.verdict = "refused".into();
+                record.check = shown(&refusal.check);
+                let reason = format!("expected {}, found {}", refusal.expected, refusal.found);
+                record.reason = reason.chars().take(2000).collect();
+                self.record(record)?;
+                Err(refusal.into())
+            }
+            Err(other) => {
+                record.verdict = "undecided".into();
+                record.reason = crate::verdict::chain_text(&other);
+                self.record(record)?;
+                Err(other)
+            }
         }
-        if !all().all(Verdict::accepted) {
-            return Err(Refusal::new("verdict", "accepted", "not accepted").into());
-        }
-        let input = policy_input(inputs, request, &findings, now);
-        let decision = inputs.policy.evaluate(&input).map_err(|e| match e {
-            PolicyError::Evaluation(why) => Refusal::new("policy", "a decision", why),
-            other => Refusal::new("policy", "a decision", other.to_string()),
-        })?;
-        if !decision.allow {
-            return Err(Refusal::new("policy", "allow", decision.reasons.join("; ")).into());
-        }
-        result::claims(&self.issuer, inputs, request, &findings, now)
     }
 
     fn check_nonce(&self, inputs: &Inputs, request: &Request<'_>, now: u64) -> Result<(), Refusal> {
@@ -291,7 +316,7 @@ impl Verifier for Embedded {
     fn appraise(&self, request: &Request<'_>, now: u64) -> Result<Appraisal, VerifierError> {
         let inputs = self.inputs();
         let decision = self.decide(&inputs, request, now);
-        let mut record = Record {
+        let record = Record {
             event: "appraisal".into(),
             time: now,
             pod_uid: shown(request.pod_uid),
@@ -302,31 +327,8 @@ impl Verifier for Embedded {
             init_data: hex(&init_data::digest(&request.bundle.init_data)),
             ..Record::default()
         };
-        match decision {
-            Ok(claims) => {
-                let token = self.signer.token(&claims)?;
-                record.verdict = "affirming".into();
-                record.jti.clone_from(&claims.jti);
-                record.devices.clone_from(&claims.devices);
-                record.sim = claims.sim;
-                self.record(record)?;
-                Ok(Appraisal { token, claims })
-            }
-            Err(VerifierError::Refused(refusal)) => {
-                record.verdict = "refused".into();
-                record.check = shown(&refusal.check);
-                let reason = format!("expected {}, found {}", refusal.expected, refusal.found);
-                record.reason = reason.chars().take(2000).collect();
-                self.record(record)?;
-                Err(refusal.into())
-            }
-            Err(other) => {
-                record.verdict = "undecided".into();
-                record.reason = crate::verdict::chain_text(&other);
-                self.record(record)?;
-                Err(other)
-            }
-        }
+        let (token, claims) = self.conclude(record, decision)?;
+        Ok(Appraisal { token, claims })
     }
 
     fn keys(&self) -> Vec<PublicKey> {
@@ -334,196 +336,51 @@ impl Verifier for Embedded {
     }
 }
 
-fn tee_name(tee: Tee) -> &'static str {
-    match tee {
-        Tee::Snp => "snp",
-        Tee::Tdx => "tdx",
-    }
-}
-
-/// Runs the verifiers, with the bindings as this side computes them.
-fn verify(inputs: &Inputs, request: &Request<'_>, now: u64) -> Result<Findings, VerifierError> {
+/// A bundle's evidence, with the bindings as this side computes them.
+fn bound<'a>(request: &Request<'a>) -> Result<Bound<'a>, Refusal> {
     let bundle = request.bundle;
-    let now = Timestamp(i64::try_from(now).unwrap_or(i64::MAX));
     let key_digest = binding::key_digest(&bundle.key);
-    let report_data = binding::report_data(
-        &request.nonce,
-        &key_digest,
-        &evidence::gpu_digest(&bundle.gpus),
-        &init_data::digest(&bundle.init_data),
-        request.pod_uid,
-    );
-    if !bundle.init_data.is_empty() {
-        InitData::parse(&bundle.init_data)
-            .map_err(|e| Refusal::new("init-data", "init-data of version 0.1.0", e.to_string()))?;
-    }
-    let cpu = match bundle.tee {
-        Tee::Snp => verify_snp(inputs, bundle, report_data, now)?,
-        Tee::Tdx => verify_tdx(inputs, bundle, report_data, now)?,
-    };
-    let gpus = if bundle.gpus.is_empty() {
-        None
+    let certificates = if bundle.endorsements.is_empty() {
+        Vec::new()
     } else {
-        let nonce = binding::gpu_nonce(&request.nonce, &key_digest);
-        Some(verify_gpus(inputs, bundle, nonce, now)?)
+        snp::cert_table(&bundle.endorsements)
+            .map_err(|e| refused("endorsements", "AMD's certificate table", &e))?
     };
-    Ok(Findings { cpu, gpus })
+    Ok(Bound {
+        tee: bundle.tee,
+        report: &bundle.report,
+        certificates,
+        event_log: &bundle.event_log,
+        devices: bundle.gpus.iter().map(device).collect::<Result<_, _>>()?,
+        init_data: &bundle.init_data,
+        report_data: binding::report_data(
+            &request.nonce,
+            &key_digest,
+            &evidence::gpu_digest(&bundle.gpus),
+            &init_data::digest(&bundle.init_data),
+            request.pod_uid,
+        ),
+        device_nonce: binding::gpu_nonce(&request.nonce, &key_digest),
+        pod_uid: request.pod_uid,
+        audience: request.audience,
+    })
 }
 
-fn verify_snp(
-    inputs: &Inputs,
-    bundle: &Bundle,
-    report_data: [u8; 64],
-    now: Timestamp,
-) -> Result<Verdict, VerifierError> {
-    let mut policy = inputs.references.snp_policy()?;
-    let host_data = init_data::host_data(&bundle.init_data);
-    same("host-data", policy.host_data.as_ref(), &host_data)?;
-    policy.host_data = Some(host_data);
-    policy.report_data = Some(report_data);
-    let mut pile = Collateral {
-        certificates: inputs.collateral.certificates.clone(),
-        crls: inputs.collateral.crls.clone(),
-        ..Collateral::default()
-    };
-    if !bundle.endorsements.is_empty() {
-        let table = snp::cert_table(&bundle.endorsements);
-        let table = table.map_err(|e| refused("endorsements", "AMD's certificate table", &e))?;
-        pile.certificates.extend(table);
+fn device(gpu: &GpuEvidence) -> Result<Device, Refusal> {
+    let expected = "a certificate chain in PEM";
+    let text = std::str::from_utf8(&gpu.certificates)
+        .map_err(|e| refused("chain-format", expected, &e))?;
+    let blocks = encoding::pem_blocks(text).map_err(|e| refused("chain-format", expected, &e))?;
+    if blocks.is_empty() {
+        return Err(Refusal::new("chain-format", expected, "none"));
     }
-    Ok(snp::verify(
-        &bundle.report,
-        &pile,
-        &policy,
-        &inputs.anchors,
-        now,
-    ))
-}
-
-fn verify_tdx(
-    inputs: &Inputs,
-    bundle: &Bundle,
-    report_data: [u8; 64],
-    now: Timestamp,
-) -> Result<Verdict, VerifierError> {
-    let mut policy = inputs.references.tdx_policy()?;
-    let id = init_data::mr_config_id(&bundle.init_data);
-    same("mr-config-id", policy.mr_config_id.as_ref(), &id)?;
-    policy.mr_config_id = Some(id);
-    policy.report_data = Some(report_data);
-    let mut pile = Collateral {
-        bundles: inputs.collateral.bundles.clone(),
-        ..Collateral::default()
-    };
-    if !bundle.event_log.is_empty() {
-        pile.event_logs.push(bundle.event_log.clone());
-    }
-    Ok(tdx::verify(
-        &bundle.report,
-        &pile,
-        &policy,
-        &inputs.anchors,
-        now,
-    ))
-}
-
-fn verify_gpus(
-    inputs: &Inputs,
-    bundle: &Bundle,
-    nonce: [u8; 32],
-    now: Timestamp,
-) -> Result<Verdict, VerifierError> {
-    let mut devices = Vec::new();
-    for gpu in &bundle.gpus {
-        let text = std::str::from_utf8(&gpu.certificates);
-        let text = text.map_err(|e| refused("chain-format", "a certificate chain in PEM", &e))?;
-        let blocks = encoding::pem_blocks(text)
-            .map_err(|e| refused("chain-format", "a certificate chain in PEM", &e))?;
-        if blocks.is_empty() {
-            return Err(Refusal::new("chain-format", "a certificate chain in PEM", "none").into());
-        }
-        devices.push(Device {
-            name: gpu.device_id.clone(),
-            report: gpu.report.clone(),
-            chain: blocks.into_iter().map(|b| b.1).collect(),
-        });
-    }
-    let mut policy = inputs.references.nvidia_policy();
-    policy.nonce = Some(nonce);
-    let collateral = &inputs.collateral;
-    Ok(nvidia::verify(
-        &devices,
-        collateral,
-        &policy,
-        &inputs.anchors,
-        now,
-    ))
+    Ok(Device {
+        name: gpu.device_id.clone(),
+        report: gpu.report.clone(),
+        chain: blocks.into_iter().map(|b| b.1).collect(),
+    })
 }
 
 fn refused(check: &str, expected: &str, error: &dyn std::error::Error) -> Refusal {
     Refusal::new(check, expected, crate::verdict::chain_text(error))
-}
-
-/// A reference value for what the init-data decides has to agree with it.
-fn same<const N: usize>(
-    check: &str,
-    reference: Option<&[u8; N]>,
-    computed: &[u8; N],
-) -> Result<(), Refusal> {
-    match reference {
-        Some(value) if value != computed => {
-            let found = format!("{} (digest of the init-data)", hex(computed));
-            Err(Refusal::new(check, hex(value), found))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// What a policy sees; docs/attestation.md describes it.
-fn policy_input(inputs: &Inputs, request: &Request<'_>, findings: &Findings, now: u64) -> Value {
-    let bundle = request.bundle;
-    let outcomes = |verdict: &Verdict, prefix: &str| -> Map<String, Value> {
-        let mut map = Map::new();
-        for check in &verdict.checks {
-            if let Some(name) = check.name.strip_prefix(prefix) {
-                let pass = check.outcome == Outcome::Pass;
-                let text = if pass { "pass" } else { "not-checked" };
-                map.insert(name.to_owned(), text.into());
-            }
-        }
-        map
-    };
-    let mut gpus = Vec::new();
-    if let Some(verdict) = &findings.gpus {
-        let several = bundle.gpus.len() > 1;
-        for (n, gpu) in bundle.gpus.iter().enumerate() {
-            let prefix = if several {
-                format!("{n}/")
-            } else {
-                String::new()
-            };
-            gpus.push(serde_json::json!({
-                "device_id": gpu.device_id,
-                "claims": verdict.claims["devices"][n],
-                "checks": outcomes(verdict, &prefix),
-            }));
-        }
-    }
-    let data = InitData::parse(&bundle.init_data).map(|i| i.data);
-    let verdicts = std::iter::once(&findings.cpu).chain(&findings.gpus);
-    serde_json::json!({
-        "version": 1,
-        "now": now,
-        "pod": { "uid": request.pod_uid },
-        "audience": request.audience,
-        "simulated": verdicts.into_iter().any(|v| v.simulated),
-        "allow_simulated": inputs.allow_simulated,
-        "cpu": {
-            "tee": tee_name(bundle.tee),
-            "claims": findings.cpu.claims,
-            "checks": outcomes(&findings.cpu, ""),
-        },
-        "gpus": gpus,
-        "init_data": data.unwrap_or_default(),
-    })
 }

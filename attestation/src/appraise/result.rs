@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 
-use super::{Findings, Inputs, Refusal, Request, VerifierError};
+use super::judge::{Bound, Findings};
+use super::{Inputs, Refusal, VerifierError};
+use crate::binding::Nonce;
 use crate::encoding::{base64url, hex};
 use crate::init_data;
 use crate::signer::SignerError;
@@ -17,14 +19,22 @@ use crate::verdict::{Outcome, Verdict};
 /// AR4SI: affirming.
 const AFFIRMING: i8 = 2;
 
-pub(super) fn claims(
+/// What the token answers: the question, and whom.
+pub(super) struct Answers<K> {
+    pub(super) nonce: Nonce,
+    pub(super) key: K,
+    /// Hexadecimal.
+    pub(super) evidence_digest: String,
+}
+
+pub(super) fn claims<K>(
     issuer: &str,
     inputs: &Inputs,
-    request: &Request<'_>,
+    bound: &Bound<'_>,
     findings: &Findings,
+    answers: Answers<K>,
     now: u64,
-) -> Result<Claims, VerifierError> {
-    let bundle = request.bundle;
+) -> Result<Claims<K>, VerifierError> {
     let policy = hex(inputs.policy.digest());
     let part = |verdict: &Verdict, trust| Submodule {
         status: Tier::Affirming,
@@ -39,7 +49,7 @@ pub(super) fn claims(
         &findings.cpu,
         trust(&findings.cpu, &["measurement", "mr-td"]),
     );
-    let name = match bundle.tee {
+    let name = match bound.tee {
         crate::evidence::Tee::Snp => "measurement",
         crate::evidence::Tee::Tdx => "mr_td",
     };
@@ -49,16 +59,16 @@ pub(super) fn claims(
     let mut devices = Vec::new();
     if let Some(verdict) = &findings.gpus {
         let trust = trust(verdict, &["measurements", "0/measurements"]);
-        for (n, gpu) in bundle.gpus.iter().enumerate() {
+        for (n, gpu) in bound.devices.iter().enumerate() {
             let mut device = part(verdict, trust);
-            device.device_id = Some(gpu.device_id.clone());
+            device.device_id = Some(gpu.name.clone());
             submods.insert(format!("gpu{n}"), device);
-            devices.push(gpu.device_id.clone());
+            devices.push(gpu.name.clone());
         }
     }
 
-    let verdicts = || std::iter::once(&findings.cpu).chain(&findings.gpus);
-    let collateral = verdicts()
+    let collateral = findings
+        .all()
         .filter_map(|v| v.expires)
         .map(|e| u64::try_from(e.0).unwrap_or(0))
         .min();
@@ -72,24 +82,24 @@ pub(super) fn claims(
     Ok(Claims {
         eat_profile: PROFILE.into(),
         iss: issuer.into(),
-        aud: request.audience.into(),
+        aud: bound.audience.into(),
         jti: number()?,
         iat: now,
         nbf: now,
         exp,
-        eat_nonce: request.nonce,
+        eat_nonce: answers.nonce,
         verifier: VerifierId {
             build: concat!("sealpod-attestation ", env!("CARGO_PKG_VERSION")).into(),
             developer: "sealpod".into(),
         },
         submods,
-        cnf: Confirmation { jwk: bundle.key },
-        pod_uid: request.pod_uid.into(),
+        cnf: Confirmation { jwk: answers.key },
+        pod_uid: bound.pod_uid.into(),
         policy_digest: policy,
-        evidence_digest: hex(&bundle.digest()),
-        init_data_digest: hex(&init_data::digest(&bundle.init_data)),
+        evidence_digest: answers.evidence_digest,
+        init_data_digest: hex(&init_data::digest(bound.init_data)),
         devices,
-        sim: verdicts().any(|v| v.simulated),
+        sim: findings.all().any(|v| v.simulated),
     })
 }
 

@@ -7,6 +7,7 @@ mod input;
 mod inspect;
 mod measure;
 mod output;
+mod serve;
 mod verify;
 
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum Command {
     Verify(Box<verify::VerifyArgs>),
     /// Decode a report, quote, certificate, CRL, RIM, event log or token, field by field
     Inspect(inspect::InspectArgs),
+    /// Serve verification over HTTPS, and resources to key-broker clients
+    Serve(serve::ServeArgs),
     /// Predict the launch measurement of an SNP guest from its files and settings
     Measure(measure::MeasureArgs),
 }
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Verify(args) => verify::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Measure(args) => measure::run(&args),
     };
     match result {
