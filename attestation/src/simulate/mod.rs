@@ -54,6 +54,9 @@ pub enum SimulateError {
     /// A defect of another kind of evidence.
     #[error("Defect {0} cannot be minted here; known are {1}")]
     Defect(String, String),
+    /// A defect in what this evidence does not carry.
+    #[error("This layout of evidence does not carry what the defect spoils")]
+    NoEffect,
     /// A setting that no hardware has.
     #[error("{0}")]
     Setting(&'static str),

@@ -200,6 +200,20 @@ impl Ca {
     ) -> Result<Minted, SimulateError> {
         Defect::demand(defect, crate::verdict::Tee::Nvidia)?;
         let is = |d| defect == Some(d);
+        let nothing = match defect {
+            Some(Defect::OtherChip) => !claims.is_blackwell(),
+            Some(
+                Defect::UnknownDecoder
+                | Defect::OtherFirmware
+                | Defect::UnknownMode
+                | Defect::RimVersion
+                | Defect::RimOverlap,
+            ) => claims.is_switch(),
+            _ => false,
+        };
+        if nothing {
+            return Err(SimulateError::NoEffect);
+        }
         let mut report = claims.signed_part(defect)?;
         let other = Key::generate(Kind::P384)?;
         let key = if is(Defect::WrongKey) {

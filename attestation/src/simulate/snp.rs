@@ -124,7 +124,6 @@ impl Fields {
             Defect::UnknownSigningKey => self.0[0x48] |= 3 << 2,
             Defect::MaskedChipKey => self.0[0x48] |= 2,
             Defect::OtherProduct => self.0[0x188] ^= 0x03,
-            Defect::TcbMismatch => self.0[0x1e7] = self.0[0x1e7].wrapping_add(1),
             Defect::TcbAboveCurrent => self.put(0x38, &[0; 8]),
             Defect::TcbReserved => self.0[0x3c] = 1,
             Defect::Provisional => self.put(0x1e0, &[0; 8]),
@@ -169,6 +168,14 @@ impl Ca {
         Defect::demand(defect, crate::verdict::Tee::Snp)?;
         if !(2..=5).contains(&claims.version) {
             return Err(SimulateError::Setting("SNP report versions are 2 to 5"));
+        }
+        let nothing = match defect {
+            Some(Defect::OtherProduct) => claims.version < 3,
+            Some(Defect::OtherChip) => claims.vlek,
+            _ => false,
+        };
+        if nothing {
+            return Err(SimulateError::NoEffect);
         }
         let mut report = Fields::new(claims);
         if let Some(defect) = defect {

@@ -211,6 +211,9 @@ impl Ca {
     ) -> Result<Minted, SimulateError> {
         Defect::demand(defect, crate::verdict::Tee::Tdx)?;
         let is = |d| defect == Some(d);
+        if is(Defect::MigrationAgent) && matches!(claims.form, TdxForm::V4 | TdxForm::V5Td10) {
+            return Err(SimulateError::NoEffect);
+        }
         let mut quote = signed_part(claims, defect);
         // A quoting enclave makes its attestation key itself.
         let key = Key::generate(Kind::P256)?;

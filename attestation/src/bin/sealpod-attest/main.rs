@@ -3,11 +3,14 @@
 //!
 //! Exit codes: 0 accepted, 1 refused, 2 unreadable input or wrong use.
 
+mod audit;
 mod input;
 mod inspect;
 mod measure;
 mod output;
 mod serve;
+mod simulate;
+mod token;
 mod verify;
 
 use std::process::ExitCode;
@@ -35,6 +38,12 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Predict the launch measurement of an SNP guest from its files and settings
     Measure(measure::MeasureArgs),
+    /// Mint simulated evidence under a local CA, good or with a named defect
+    Simulate(simulate::SimulateArgs),
+    /// Check a token as a gate does
+    Token(token::TokenArgs),
+    /// Check or print an audit log
+    Audit(audit::AuditArgs),
 }
 
 /// What a command ended with, where it did not fail.
@@ -51,6 +60,9 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::Simulate(args) => simulate::run(&args),
+        Command::Token(args) => token::run(&args),
+        Command::Audit(args) => audit::run(&args),
     };
     match result {
         Ok(Done::Accepted) => ExitCode::SUCCESS,

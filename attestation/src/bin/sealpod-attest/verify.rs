@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
+use sealpod_attestation::appraise::Subject;
+use sealpod_attestation::policy::Policy;
 use sealpod_attestation::reference::ReferenceValues;
 use sealpod_attestation::verdict::Tee;
 use sealpod_attestation::{
-    Collateral, Outcome, Status, Timestamp, TrustAnchors, Verdict, nvidia, snp, tdx,
+    Check, Collateral, Outcome, Status, Timestamp, TrustAnchors, Verdict, nvidia, snp, tdx,
 };
 
 use crate::{Done, input, output};
@@ -39,6 +41,9 @@ pub(crate) struct VerifyArgs {
     /// Reference values and limits (JSON), or RIMs
     #[arg(long)]
     reference_values: Vec<PathBuf>,
+    /// Policy (Rego) that has to allow it as well; `default` is the one that gates use
+    #[arg(long)]
+    policy: Option<PathBuf>,
     /// Trust anchors to use instead of the production ones; the verdict is marked as simulated
     #[arg(long)]
     anchors: Option<PathBuf>,
@@ -115,6 +120,7 @@ fn appraise(args: &VerifyArgs) -> anyhow::Result<Verdict> {
         }
     };
     misused(args, tee)?;
+    let mut names = Vec::new();
     let verdict = match tee {
         Tee::Snp => {
             let mut policy = references.snp_policy()?;
@@ -143,14 +149,61 @@ fn appraise(args: &VerifyArgs) -> anyhow::Result<Verdict> {
             for (path, bytes) in args.evidence.iter().zip(evidence.drain(..)) {
                 devices.extend(input::devices(path, bytes)?);
             }
+            names.extend(devices.iter().map(|d| d.name.clone()));
             nvidia::verify(&devices, &pile, &policy, &anchors, now)
         }
     };
-    Ok(if args.strict {
+    let verdict = if args.strict {
         strict(verdict)
     } else {
         verdict
-    })
+    };
+    match &args.policy {
+        Some(path) => apply_policy(args, path, verdict, &names, now),
+        None => Ok(verdict),
+    }
+}
+
+/// Adds what the policy says as one more check. Evidence that is refused already is not its business.
+fn apply_policy(
+    args: &VerifyArgs,
+    path: &Path,
+    mut verdict: Verdict,
+    names: &[String],
+    now: Timestamp,
+) -> anyhow::Result<Verdict> {
+    let policy = if path == Path::new("default") {
+        Policy::built_in()?
+    } else {
+        Policy::from_rego(&text(path)?)
+            .with_context(|| format!("{} cannot be used", path.display()))?
+    };
+    if !verdict.accepted() {
+        return Ok(verdict);
+    }
+    let devices = names.iter().map(String::as_str).collect();
+    let of_gpus = verdict.tee == Tee::Nvidia;
+    let subject = Subject {
+        now: u64::try_from(now.0).unwrap_or(0),
+        allow_simulated: args.anchors.is_some(),
+        cpu: (!of_gpus).then_some(&verdict),
+        gpus: of_gpus.then_some((&verdict, devices)),
+        ..Subject::default()
+    };
+    let (allow, found) = match policy.evaluate(&subject.to_json()) {
+        Ok(decision) => (decision.allow, decision.reasons.join("; ")),
+        Err(error) => (false, error.to_string()),
+    };
+    verdict.checks.push(Check {
+        name: "policy".into(),
+        expected: "allow".into(),
+        found: if allow { "allow".into() } else { found },
+        outcome: if allow { Outcome::Pass } else { Outcome::Fail },
+    });
+    if !allow {
+        verdict.status = Status::Refused;
+    }
+    Ok(verdict)
 }
 
 /// Options that mean nothing for this kind of evidence are errors: nobody should believe that
