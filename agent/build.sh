@@ -16,8 +16,8 @@ if [ ! -e "$lib/libseccomp.a" ]; then
 fi
 # --target even though it is the host's: procedural macros are host code and must not become static.
 flags="-C target-feature=+crt-static -C relocation-model=static"
-# A panic ends the guest: tables to unwind by would be a tenth of the program, and nobody reads them.
-[ "$profile" = dev ] || flags+=" -C force-unwind-tables=no"
+# The index of the tables to unwind by: a panic ends the guest, nobody unwinds.
+flags+=" -C link-arg=-Wl,--no-eh-frame-hdr"
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS=$flags
 # The guest holds it in memory, twice while it boots: small before fast.
 export CARGO_PROFILE_RELEASE_OPT_LEVEL=z

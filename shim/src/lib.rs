@@ -6,11 +6,13 @@
 //!         └─ container  one task each: init and exec processes, their states and events
 //!              └─ pod        the VM they share: boot, network, share, end
 //!                   ├─ spec, mount, io, hooks, guest (the agent's client)
+//!                   ├─ attest     the host gate: devices only for pods that were affirmed
 //!                   └─ vm, virtiofs, network, host_cgroup, ledger, child
 //! config, annotations, sizing, check: what this node and this pod are allowed
 //! ```
 
 pub mod annotations;
+pub mod attest;
 pub mod bootstrap;
 pub mod check;
 pub mod child;

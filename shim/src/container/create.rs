@@ -9,6 +9,7 @@ use sealpod_protocol::agent;
 
 use super::{Container, Handle, process};
 use crate::{
+    attest::wanted::Wanted,
     error::{Error, Kind, Result},
     events::Event,
     guest::{self, Guest},
@@ -45,6 +46,11 @@ pub async fn create(
     in_guest: bool,
 ) -> Result<Handle> {
     let refused = |e: &dyn std::error::Error| Error::chain(Kind::InvalidArgument, e);
+    let mut spec = spec;
+    let wanted = match in_guest {
+        true => pod.wanted_devices(&mut spec)?,
+        false => Vec::new(),
+    };
     let hooks = Hooks::of(&spec, &request.id, &request.bundle).map_err(|e| refused(&e))?;
     let console = console_size(&spec);
     let mut container = Container {
@@ -64,7 +70,8 @@ pub async fn create(
         let guest_spec = spec::translate(spec, &request.bundle).map_err(|e| refused(&e))?;
         let host = io::open(&request.uris, pod.namespace(), &request.id).await;
         let host = host.map_err(|e| refused(&e))?;
-        if let Err(e) = container.build(&request, guest_spec, host, console).await {
+        let built = container.build(&request, guest_spec, wanted, host, console);
+        if let Err(e) = built.await {
             pod.remove_container(&request.id, &container.disks, &container.volumes)
                 .await;
             return Err(e);
@@ -92,9 +99,11 @@ impl Container {
         &mut self,
         request: &Request,
         spec: GuestSpec,
+        wanted: Vec<Wanted>,
         host: HostEnds,
         (console_width, console_height): (u32, u32),
     ) -> Result<()> {
+        let admitted_devices = self.pod.admit(wanted).await?;
         self.mount_host_side(request, &spec).await?;
         let mut block_devices = Vec::new();
         for disk in &spec.disks {
@@ -122,6 +131,7 @@ impl Container {
             stderr,
             pid_namespace: pid_namespace(spec.pid_namespace).into(),
             block_devices,
+            admitted_devices,
             skip_missing_devices: spec.skip_missing_devices,
             console_width,
             console_height,

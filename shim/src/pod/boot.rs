@@ -15,7 +15,9 @@ use tokio::net::UnixListener;
 
 use super::{Mark, Pod, machine::Taken};
 use crate::{
-    annotations, clock,
+    annotations,
+    attest::{Settings, launch::Launch},
+    clock,
     config::{self, Config},
     error::{Error, Kind, Result},
     guest::Guest,
@@ -56,6 +58,8 @@ struct Plan {
     config: Config,
     size: Size,
     kernel_params: Vec<String>,
+    policy: Option<String>,
+    init_data: Option<Vec<u8>>,
 }
 
 fn refused(e: &dyn std::error::Error) -> Error {
@@ -83,6 +87,8 @@ fn plan(request: &BootRequest) -> Result<Plan> {
         config,
         size,
         kernel_params,
+        policy: wishes.policy,
+        init_data: wishes.init_data,
     })
 }
 
@@ -113,6 +119,7 @@ pub(super) async fn boot(
     let dialled = dir.join(format!("{}_{AGENT_PORT}", vm::VSOCK_FILE));
     let listener = UnixListener::bind(&dialled).map_err(|e| failed(&e))?;
     let config = vm_config(pod, &plan, network, cgroup, share, taps)?;
+    let attested = attestation(pod, &plan, request, &config).await?;
     let vm = taken.vm.insert(
         vm::Qemu
             .start(config, ledger)
@@ -128,7 +135,8 @@ pub(super) async fn boot(
     let _ = std::fs::remove_file(&dialled);
     let (guest, hello) = answered?;
     mark_guest_times(pod, &hello);
-    set_up(&guest, request, network).await?;
+    set_up(&guest, request, network, &attested).await?;
+    pod.put_up_gate(attested);
     taken.port_forward = port_forward(network, &guest).await;
     announce(pod, &plan, vm.as_ref(), &guest, &hello);
     Ok(Duration::from_secs(
@@ -242,7 +250,34 @@ fn mark_guest_times(pod: &Pod, hello: &agent::HelloResponse) {
         .mark_at(Mark::KernelUp, now.saturating_sub(since_init));
 }
 
-async fn set_up(guest: &Guest, request: &BootRequest, network: &PodNetwork) -> Result<()> {
+/// What the pod is attested by: what it starts with, what it brings, what the node has.
+async fn attestation(
+    pod: &Pod,
+    plan: &Plan,
+    request: &BootRequest,
+    config: &vm::VmConfig,
+) -> Result<Settings> {
+    let launch = Launch {
+        kernel: config.kernel.clone(),
+        initramfs: config.initramfs.clone(),
+        cmdline: vm::cmdline(config).await,
+        vcpus: config.vcpus,
+    };
+    let uid = request.annotations.get(spec::SANDBOX_UID);
+    let names = (pod.namespace(), pod.id(), uid.map(String::as_str));
+    let init_data = plan.init_data.clone();
+    let policy = plan.policy.as_deref();
+    let dir = pod.identity.place.dir();
+    let settings = Settings::new(&plan.config, policy, init_data, names, dir, launch);
+    settings.map_err(|e| refused(&e))
+}
+
+async fn set_up(
+    guest: &Guest,
+    request: &BootRequest,
+    network: &PodNetwork,
+    attested: &Settings,
+) -> Result<()> {
     let mut entropy = vec![0; ENTROPY_BYTES];
     getrandom(&mut entropy).map_err(|e| failed(&e))?;
     let spec = request.spec.as_ref();
@@ -263,6 +298,8 @@ async fn set_up(guest: &Guest, request: &BootRequest, network: &PodNetwork) -> R
         network: Some(network.to_proto()).into(),
         sysctls: sysctls.unwrap_or_default(),
         shm_bytes: SHM_BYTES,
+        init_data: attested.init_data.clone(),
+        pod_uid: attested.pod_uid.clone(),
         ..Default::default()
     };
     guest

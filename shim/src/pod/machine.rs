@@ -83,7 +83,7 @@ impl Machine {
         }
     }
 
-    fn vm(&self) -> Result<&Arc<dyn Vm>> {
+    pub(super) fn vm(&self) -> Result<&Arc<dyn Vm>> {
         let gone = || Error::new(Kind::Unavailable, "The pod's VM is not running");
         self.taken.vm.as_ref().ok_or_else(gone)
     }

@@ -7,6 +7,7 @@
 //! The VM's end ends every process that was in it, once, with the status of SIGKILL.
 
 mod boot;
+mod gate;
 mod machine;
 mod sandbox;
 mod tasks;
@@ -16,7 +17,7 @@ mod volumes;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use tokio::sync::watch;
@@ -73,6 +74,8 @@ pub struct Pod {
     volumes: Volumes,
     view: Mutex<View>,
     machine: Owner<Machine>,
+    /// Set when the VM has started.
+    attested: OnceLock<gate::Attested>,
     /// Told when a container has been made, or could not be.
     made: watch::Sender<()>,
     /// The VM has ended.
@@ -118,6 +121,7 @@ impl Pod {
             volumes,
             view: Mutex::default(),
             machine: Owner::spawn(Machine::new(ledger)),
+            attested: OnceLock::new(),
             made: watch::Sender::new(()),
             ended: watch::Sender::new(None),
             finished: watch::Sender::new(false),
@@ -263,6 +267,7 @@ impl Pod {
     /// Called once by the machine when the VM has ended, however it ended.
     async fn vm_ended(&self) {
         lock(&self.view).guest = None;
+        self.close_gate().await;
         let exit = Exit {
             status: 128 + 9,
             at_ns: clock::unix_ns(),

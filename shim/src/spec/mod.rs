@@ -25,6 +25,8 @@ const CONFIG_MAX: u64 = 16 << 20;
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// The pod's uid in Kubernetes.
+pub(crate) const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 
 /// A specification that cannot be run.
 #[derive(Debug, thiserror::Error)]

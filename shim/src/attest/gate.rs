@@ -1,0 +1,507 @@
+//! The host gate of one pod: one task owns what was affirmed, what was released, and until when.
+
+use std::{
+    path::Path,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use oci_spec::runtime::Spec;
+use sealpod_attestation::{
+    appraise::{Appraisal, VerifierError},
+    audit::Record,
+    evidence::Bundle,
+    init_data::{self, InitData},
+    token::{self, Expected},
+};
+use sealpod_protocol::agent;
+use tokio::time::Instant;
+
+use super::{
+    AttestError,
+    launch::{self, Launch},
+    release::{self, Release},
+    simulator::Simulator,
+    verifier::{Appraiser, unix_now},
+    wanted::{self, Wanted, WantedError},
+};
+use crate::{
+    annotations::Name,
+    config::{self, Attestation, OnLoss},
+    guest::Guest,
+    pod::Pod,
+};
+
+/// A verifier that cannot be reached is asked again after this, while the lease lasts.
+const RETRY: Duration = Duration::from_secs(2);
+/// How long the guest may take to let go of a device before its VM is ended.
+const LET_GO: Duration = Duration::from_secs(15);
+
+/// What a pod is attested by. Fixed when its VM starts.
+#[derive(Debug)]
+pub struct Settings {
+    config: Attestation,
+    allow: Vec<Name>,
+    policy: config::Policy,
+    /// The pod has to be affirmed even if it wants no device.
+    required: bool,
+    /// By which the verifier knows the pod.
+    pub pod_uid: String,
+    /// Raw.
+    pub init_data: Vec<u8>,
+    simulator: Option<Simulator>,
+    log_name: String,
+}
+
+impl Settings {
+    /// Decides them, and starts the simulator where the configuration has one, in the pod's folder `dir`.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration or the pod's wishes.
+    pub fn new(
+        node: &config::Config,
+        policy: Option<&str>,
+        init_data: Option<Vec<u8>>,
+        (namespace, id, uid): (&str, &str, Option<&str>),
+        dir: &Path,
+        launch: Launch,
+    ) -> Result<Self, AttestError> {
+        let config = &node.attestation;
+        let named = policy.unwrap_or(config::DEFAULT_POLICY);
+        let simulated = !config.simulator.as_os_str().is_empty();
+        let required = policy.is_some();
+        let policy = super::check_policy(config, named)?;
+        let init_data = match init_data {
+            Some(raw) => {
+                InitData::parse(&raw)?;
+                raw
+            }
+            None if !config.is_configured() && !required => Vec::new(),
+            None if config.verifier.is_empty() => {
+                let key = super::verifier_key(config)?;
+                launch::default_init_data(&key, &config.audience, simulated)
+            }
+            // Whom to believe only the pod's owner can say.
+            None => Vec::new(),
+        };
+        let simulator = match simulated {
+            true => Some(Simulator::start(
+                dir,
+                &config.simulator,
+                &config.simulator_defect,
+                launch,
+                &init_data,
+            )?),
+            false => None,
+        };
+        let pod_uid = uid.map_or_else(|| format!("{namespace}/{id}"), str::to_owned);
+        Ok(Self {
+            config: config.clone(),
+            allow: node.annotations.allow.clone(),
+            policy,
+            required,
+            pod_uid,
+            init_data,
+            simulator,
+            log_name: format!("{namespace}-{id}"),
+        })
+    }
+
+    /// Takes the devices that a container of the pod asks for out of its specification.
+    ///
+    /// # Errors
+    /// [`WantedError`], naming the device.
+    pub fn wanted(&self, spec: &mut Spec) -> Result<Vec<Wanted>, WantedError> {
+        wanted::take(spec, &self.allow, &self.config)
+    }
+}
+
+/// The answer of a round.
+struct Affirmed {
+    token: String,
+    until: Instant,
+    jti: String,
+}
+
+/// See the file's head.
+pub struct Gate {
+    settings: Arc<Settings>,
+    pod: Weak<Pod>,
+    /// Made at first use. Taken out while it works: its work blocks, and is done elsewhere.
+    appraiser: Option<Box<Appraiser>>,
+    released: Vec<Box<dyn Release>>,
+    affirmed: Option<Affirmed>,
+    lost: Option<String>,
+    renewing: bool,
+}
+
+impl std::fmt::Debug for Gate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gate")
+            .field("lost", &self.lost)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Gate {
+    /// The closed gate of a pod.
+    #[must_use]
+    pub fn closed(settings: Arc<Settings>, pod: &Arc<Pod>) -> Self {
+        Self {
+            settings,
+            pod: Arc::downgrade(pod),
+            appraiser: None,
+            released: Vec::new(),
+            affirmed: None,
+            lost: None,
+            renewing: false,
+        }
+    }
+
+    /// Has the pod affirmed, if it or a device demands it, and releases the devices. Returns what the
+    /// agent is told of them.
+    ///
+    /// # Errors
+    /// [`AttestError`]; every device is with the host then, or its VM is being ended.
+    pub async fn admit(
+        &mut self,
+        wanted: Vec<Wanted>,
+    ) -> Result<Vec<agent::AdmittedDevice>, AttestError> {
+        if let Some(why) = &self.lost {
+            return Err(AttestError::Lost(why.clone()));
+        }
+        if wanted.is_empty() && !self.settings.required {
+            return Ok(Vec::new());
+        }
+        let before = self.released.len();
+        let opened = self.open(&wanted).await;
+        if let Err(e) = self.told(&wanted, opened) {
+            let added = self.released.split_off(before);
+            self.take_back(added).await;
+            return Err(e);
+        }
+        if !self.released.is_empty() && !std::mem::replace(&mut self.renewing, true) {
+            tokio::spawn(renew(self.pod.clone(), self.half_life()));
+        }
+        let told = |w: Wanted| agent::AdmittedDevice {
+            id: w.id,
+            path: w.path.to_string_lossy().into_owned(),
+            ..Default::default()
+        };
+        Ok(wanted.into_iter().map(told).collect())
+    }
+
+    /// Attaches what is not attached yet, and has both gates open for all of it.
+    async fn open(&mut self, wanted: &[Wanted]) -> Result<(), AttestError> {
+        let affirmed = self.affirmed.as_ref();
+        if affirmed.is_none_or(|a| a.until <= Instant::now()) {
+            self.affirmed = Some(self.round(&[]).await?);
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let pod = self.pod.upgrade().ok_or(AttestError::Ended)?;
+        let vm = pod.vm().await.ok_or(AttestError::Ended)?;
+        for one in wanted {
+            if self.released.iter().any(|r| r.id() == one.id) {
+                continue;
+            }
+            let mut way = release::way(one);
+            way.attach(vm.as_ref()).await?;
+            self.released.push(way);
+        }
+        self.renew_now().await
+    }
+
+    /// A round over all released devices; both gates.
+    async fn renew_now(&mut self) -> Result<(), AttestError> {
+        let ids: Vec<String> = self.released.iter().map(|r| r.id().to_owned()).collect();
+        let affirmed = self.round(&ids).await?;
+        let request = agent::AdmitDevicesRequest {
+            token: affirmed.token.clone(),
+            devices: ids,
+            ..Default::default()
+        };
+        let admitted = self
+            .guest()?
+            .agent()
+            .admit_devices(Guest::soon(), &request)
+            .await;
+        admitted.map_err(guest_said)?;
+        self.affirmed = Some(affirmed);
+        Ok(())
+    }
+
+    /// One question to the guest, appraised, and its token checked: the host gate's decision.
+    async fn round(&mut self, devices: &[String]) -> Result<Affirmed, AttestError> {
+        let settings = Arc::clone(&self.settings);
+        let guest = self.guest()?;
+        let mut appraiser = self.appraiser()?;
+        let uid = settings.pod_uid.clone();
+        let asked = blocking(move || {
+            let nonce = appraiser.challenge(&uid);
+            (appraiser, nonce)
+        });
+        let (appraiser, nonce) = asked.await?;
+        self.appraiser = Some(appraiser);
+        let nonce = nonce?;
+        let began = Instant::now();
+        let request = agent::AttestRequest {
+            nonce: nonce.0.to_vec(),
+            devices: devices.to_vec(),
+            simulator_key: settings
+                .simulator
+                .as_ref()
+                .map(|s| s.key().to_vec())
+                .unwrap_or_default(),
+            ..Default::default()
+        };
+        let answer = guest.agent().attest(Guest::soon(), &request).await;
+        let bundle = Bundle::from_json(&answer.map_err(guest_said)?.bundle)?;
+        let appraiser = self.appraiser()?;
+        let (uid, audience) = (settings.pod_uid.clone(), settings.config.audience.clone());
+        let judged = blocking(move || {
+            let word = appraiser.appraise(nonce, &uid, &audience, &bundle);
+            (appraiser, bundle, word)
+        });
+        let (appraiser, bundle, word) = judged.await?;
+        let appraiser = self.appraiser.insert(appraiser);
+        let Appraisal { token, .. } = word?;
+        let claims = token::check(
+            &token,
+            &Expected {
+                verifiers: &appraiser.keys(),
+                audience: &settings.config.audience,
+                pod_uid: &settings.pod_uid,
+                confirmation: Some(&bundle.key),
+                nonce: Some(&nonce),
+                init_data_digest: Some(&init_data::digest(&settings.init_data)),
+                now: unix_now(),
+                allow_simulated: settings.simulator.is_some(),
+                devices,
+            },
+        )?;
+        Ok(Affirmed {
+            token,
+            until: began + Duration::from_secs(claims.exp.saturating_sub(claims.iat)),
+            jti: claims.jti,
+        })
+    }
+
+    /// The verifier, made at first use.
+    fn appraiser(&mut self) -> Result<Box<Appraiser>, AttestError> {
+        match self.appraiser.take() {
+            Some(appraiser) => Ok(appraiser),
+            None => {
+                let s = &self.settings;
+                Ok(Box::new(Appraiser::new(&s.config, &s.policy, &s.log_name)?))
+            }
+        }
+    }
+
+    fn guest(&self) -> Result<Guest, AttestError> {
+        let pod = self.pod.upgrade().ok_or(AttestError::Ended)?;
+        pod.guest().map_err(|_| AttestError::Ended)
+    }
+
+    /// Half of the lease: of what the configuration says, or of the token's rest, whichever is less.
+    fn half_life(&self) -> Duration {
+        let whole = Duration::from_secs(self.settings.config.lease_seconds.into());
+        let rest = self
+            .affirmed
+            .as_ref()
+            .map_or(whole, |a| a.until.saturating_duration_since(Instant::now()));
+        whole.min(rest) / 2
+    }
+
+    /// Puts the gate's outcome into the audit log. A decision that cannot be written is none.
+    fn told(&self, wanted: &[Wanted], outcome: Result<(), AttestError>) -> Result<(), AttestError> {
+        let devices = wanted.iter().map(|w| w.id.clone()).collect();
+        let (verdict, reason) = match &outcome {
+            Ok(()) => ("released", String::new()),
+            Err(e) => ("withheld", crate::error::chain(e)),
+        };
+        self.record("gate", verdict, reason, devices)?;
+        outcome
+    }
+
+    fn record(
+        &self,
+        event: &str,
+        verdict: &str,
+        reason: String,
+        devices: Vec<String>,
+    ) -> Result<(), AttestError> {
+        let Some(appraiser) = &self.appraiser else {
+            return Ok(());
+        };
+        appraiser.record(Record {
+            event: event.into(),
+            time: unix_now(),
+            pod_uid: self.settings.pod_uid.clone(),
+            verdict: verdict.into(),
+            reason: reason.chars().take(2000).collect(),
+            jti: self
+                .affirmed
+                .as_ref()
+                .map(|a| a.jti.clone())
+                .unwrap_or_default(),
+            devices,
+            ..Record::default()
+        })?;
+        Ok(())
+    }
+
+    /// Gives devices back to the host. A guest that does not let go of one loses its VM.
+    async fn take_back(&mut self, devices: Vec<Box<dyn Release>>) {
+        let Some(pod) = self.pod.upgrade() else {
+            return;
+        };
+        for mut device in devices {
+            let vm = pod.vm().await;
+            let done = tokio::time::timeout(LET_GO, device.detach(vm.as_deref())).await;
+            if matches!(done, Ok(Ok(()))) {
+                continue;
+            }
+            tracing::error!(
+                pod = pod.id(),
+                device = device.id(),
+                "The guest does not let go of a device: its VM is ended"
+            );
+            if let Some(vm) = vm {
+                vm.stop().await;
+            }
+            if let Err(e) = device.detach(None).await {
+                tracing::error!("{}", crate::error::chain(&e));
+            }
+        }
+    }
+
+    /// Renews the lease. Returns when to come again; `None` when there is nothing to renew any more.
+    async fn renew(&mut self) -> Option<Duration> {
+        if self.lost.is_some() || self.released.is_empty() {
+            return None;
+        }
+        let until = self.affirmed.as_ref().map(|a| a.until)?;
+        let why = match self.renew_now().await {
+            Ok(()) => {
+                let ids = self.released.iter().map(|r| r.id().to_owned()).collect();
+                match self.record("lease", "renewed", String::new(), ids) {
+                    Ok(()) => return Some(self.half_life()),
+                    Err(e) => e,
+                }
+            }
+            // Not a word against the pod: it is asked again while the lease lasts.
+            Err(e) if unreachable(&e) && Instant::now() + RETRY < until => {
+                tracing::warn!("Lease not renewed yet: {}", crate::error::chain(&e));
+                return Some(RETRY);
+            }
+            Err(e) => e,
+        };
+        self.lose(crate::error::chain(&why)).await;
+        None
+    }
+
+    /// The pod is no longer affirmed.
+    async fn lose(&mut self, why: String) {
+        let Some(pod) = self.pod.upgrade() else {
+            return;
+        };
+        let ids: Vec<String> = self.released.iter().map(|r| r.id().to_owned()).collect();
+        tracing::error!(pod = pod.id(), devices = ?ids, "Lease lost, devices are taken away: {why}");
+        if let Err(e) = self.record("revocation", "withheld", why.clone(), ids) {
+            tracing::error!("{}", crate::error::chain(&e));
+        }
+        self.lost = Some(why);
+        self.affirmed = None;
+        match self.settings.policy.on_loss {
+            OnLoss::Kill => {
+                if let Some(vm) = pod.vm().await {
+                    vm.stop().await;
+                }
+            }
+            OnLoss::Freeze => {
+                pod.freeze().await;
+                if let Ok(guest) = pod.guest() {
+                    let all = agent::Empty::default();
+                    let asked = guest.agent().revoke_devices(Guest::soon(), &all);
+                    if let Err(e) = asked.await {
+                        tracing::warn!("Guest gate not closed: {e}");
+                    }
+                }
+            }
+        }
+        let devices = std::mem::take(&mut self.released);
+        self.take_back(devices).await;
+    }
+
+    /// The VM has ended: what it had goes back to the host. Idempotent.
+    pub async fn ended(&mut self) {
+        self.affirmed = None;
+        for mut device in std::mem::take(&mut self.released) {
+            if let Err(e) = device.detach(None).await {
+                tracing::error!("{}", crate::error::chain(&e));
+            }
+        }
+    }
+}
+
+/// What the agent answered, in its own words.
+fn guest_said(e: ttrpc::Error) -> AttestError {
+    AttestError::Guest(crate::error::Error::from(e).message)
+}
+
+/// Whether the error says nothing about the pod: the verifier could not be asked.
+fn unreachable(e: &AttestError) -> bool {
+    matches!(
+        e,
+        AttestError::Verifier(VerifierError::Remote(_) | VerifierError::Busy)
+    )
+}
+
+/// Runs what computes or waits for the network off the runtime's threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, AttestError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| AttestError::Guest(e.to_string()))
+}
+
+/// Comes again at half of each lease, until there is none.
+async fn renew(pod: Weak<Pod>, first: Duration) {
+    let mut pause = first;
+    loop {
+        tokio::time::sleep(pause).await;
+        let gate = pod.upgrade().and_then(|pod| pod.gate());
+        let Some(gate) = gate else {
+            return;
+        };
+        match gate
+            .call(|g| Box::pin(async move { g.renew().await }))
+            .await
+        {
+            Ok(Some(next)) => pause = next,
+            _ => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_verifier_that_cannot_be_asked_is_asked_again() {
+        assert!(unreachable(&AttestError::Verifier(VerifierError::Remote(
+            "down".into()
+        ))));
+        assert!(!unreachable(&AttestError::Verifier(
+            VerifierError::Refused(sealpod_attestation::appraise::Refusal {
+                check: "debug".into(),
+                expected: "off".into(),
+                found: "on".into(),
+            })
+        )));
+        assert!(!unreachable(&AttestError::Guest("gone".into())));
+    }
+}

@@ -1,0 +1,372 @@
+//! How a device of the host gets to a VM once the host gate has opened, and how it comes back. One type
+//! for each way; the gate knows the trait only.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use async_trait::async_trait;
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+
+use super::wanted::Wanted;
+use crate::{
+    config::Device,
+    vm::{Passed, Vm, VmError},
+};
+
+/// A device that was not given, or not given back.
+#[derive(Debug, thiserror::Error)]
+pub enum ReleaseError {
+    /// Another pod has it.
+    #[error("Device {0:?} is in use by another pod")]
+    Busy(String),
+    /// The host.
+    #[error("Device {id:?}: cannot {action} {path}")]
+    Host {
+        /// Which.
+        id: String,
+        /// What was tried.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The VM.
+    #[error("Device {id:?}")]
+    Vm {
+        /// Which.
+        id: String,
+        /// Why.
+        source: VmError,
+    },
+}
+
+/// A device on its way to a VM and back.
+#[async_trait]
+pub trait Release: Send + Sync {
+    /// By what the guest and the token know it.
+    fn id(&self) -> &str;
+    /// Gives it to the VM.
+    ///
+    /// # Errors
+    /// [`ReleaseError`]; then the host has it as before.
+    async fn attach(&mut self, vm: &dyn Vm) -> Result<(), ReleaseError>;
+    /// Takes it from the VM, if that still runs (`vm`), and gives it back to the host, reset. Idempotent.
+    ///
+    /// # Errors
+    /// [`ReleaseError`]: the guest did not let go of it. Once the VM has ended, call again without it.
+    async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError>;
+}
+
+/// The way for a device.
+#[must_use]
+pub fn way(wanted: &Wanted) -> Box<dyn Release> {
+    let id = wanted.id.clone();
+    match &wanted.device {
+        Device::StandIn { path } => Box::new(StandInNvme {
+            id,
+            path: path.clone(),
+            held: None,
+        }),
+        Device::Vfio { address } => Box::new(VfioAttach {
+            id,
+            function: Path::new("/sys/bus/pci/devices").join(address),
+            bound: false,
+        }),
+    }
+}
+
+fn vm_error(id: &str) -> impl FnOnce(VmError) -> ReleaseError {
+    let id = id.to_owned();
+    |source| ReleaseError::Vm { id, source }
+}
+
+/// The disk that stands in for a GPU. The lock on its content is what VFIO's own exclusive open is.
+struct StandInNvme {
+    id: String,
+    path: PathBuf,
+    held: Option<File>,
+}
+
+#[async_trait]
+impl Release for StandInNvme {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    async fn attach(&mut self, vm: &dyn Vm) -> Result<(), ReleaseError> {
+        let host = |action| {
+            let (id, path) = (self.id.clone(), self.path.clone());
+            move |source| ReleaseError::Host {
+                id,
+                action,
+                path,
+                source,
+            }
+        };
+        let file = File::open(&self.path).map_err(host("open"))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(ReleaseError::Busy(self.id.clone())),
+            Err(e) => return Err(host("lock")(e.into())),
+        }
+        let (id, path) = (self.id.clone(), self.path.clone());
+        let passed = Passed::StandIn { id, path };
+        vm.pass(passed).await.map_err(vm_error(&self.id))?;
+        self.held = Some(file);
+        Ok(())
+    }
+
+    async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError> {
+        if let (Some(_), Some(vm)) = (&self.held, vm) {
+            gone(vm.take_back(&self.id).await).map_err(vm_error(&self.id))?;
+        }
+        self.held = None;
+        Ok(())
+    }
+}
+
+/// A VM that has ended holds nothing.
+fn gone(taken: Result<(), VmError>) -> Result<(), VmError> {
+    match taken {
+        Err(VmError::Ended | VmError::NoDevice(_)) => Ok(()),
+        other => other,
+    }
+}
+
+/// A PCI function: bound to vfio-pci for as long as a pod has it, reset before and after.
+struct VfioAttach {
+    id: String,
+    /// Its folder in sysfs.
+    function: PathBuf,
+    bound: bool,
+}
+
+impl VfioAttach {
+    fn write(&self, file: &str, value: &str) -> Result<(), ReleaseError> {
+        let path = self.function.join(file);
+        fs::write(&path, value).map_err(|source| ReleaseError::Host {
+            id: self.id.clone(),
+            action: "write to",
+            path,
+            source,
+        })
+    }
+
+    fn address(&self) -> String {
+        let name = self.function.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    /// Leaves the driver that has it, for the one that `driver_override` names, or any where it is empty.
+    fn rebind(&self, driver_override: &str) -> Result<(), ReleaseError> {
+        self.write("driver_override", &format!("{driver_override}\n"))?;
+        if self.function.join("driver").exists() {
+            self.write("driver/unbind", &self.address())?;
+        }
+        // The function's folder is a link, its parent is not.
+        let devices = self.function.parent().unwrap_or(Path::new("/"));
+        let bus = devices.join("../drivers_probe");
+        fs::write(&bus, self.address()).map_err(|source| ReleaseError::Host {
+            id: self.id.clone(),
+            action: "write to",
+            path: bus,
+            source,
+        })
+    }
+
+    /// `/dev/vfio/devices/vfio<n>`.
+    fn cdev(&self) -> Result<PathBuf, ReleaseError> {
+        let folder = self.function.join("vfio-dev");
+        let first = fs::read_dir(&folder).and_then(|mut d| {
+            let entry = d.next().ok_or(io::ErrorKind::NotFound)?;
+            Ok(entry?.file_name())
+        });
+        let name = first.map_err(|source| ReleaseError::Host {
+            id: self.id.clone(),
+            action: "find the VFIO device in",
+            path: folder,
+            source,
+        })?;
+        Ok(Path::new("/dev/vfio/devices").join(name))
+    }
+}
+
+#[async_trait]
+impl Release for VfioAttach {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    async fn attach(&mut self, vm: &dyn Vm) -> Result<(), ReleaseError> {
+        self.rebind("vfio-pci")?;
+        self.bound = true;
+        // What the last user left in it is no one's business.
+        let given = async {
+            self.write("reset", "1")?;
+            let cdev = self.cdev()?;
+            let id = self.id.clone();
+            let passed = Passed::Vfio { id, cdev };
+            vm.pass(passed).await.map_err(vm_error(&self.id))
+        };
+        let given = given.await;
+        if given.is_err() {
+            self.bound = false;
+            if let Err(e) = self.rebind("") {
+                tracing::warn!("{}", crate::error::chain(&e));
+            }
+        }
+        given
+    }
+
+    async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError> {
+        if !self.bound {
+            return Ok(());
+        }
+        if let Some(vm) = vm {
+            gone(vm.take_back(&self.id).await).map_err(vm_error(&self.id))?;
+        }
+        self.bound = false;
+        self.write("reset", "1")?;
+        self.rebind("")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::{Accelerator, Disk, Mark, Nic, VmExit};
+    use std::sync::Mutex;
+
+    /// A VM that notes what it is given.
+    #[derive(Default)]
+    struct Fake {
+        passed: Mutex<Vec<String>>,
+        refuses: bool,
+    }
+
+    #[async_trait]
+    impl Vm for Fake {
+        fn pid(&self) -> u32 {
+            0
+        }
+        fn accelerator(&self) -> Accelerator {
+            Accelerator::Tcg
+        }
+        fn marks(&self) -> Vec<Mark> {
+            Vec::new()
+        }
+        fn console_tail(&self) -> Vec<String> {
+            Vec::new()
+        }
+        async fn pause(&self) -> Result<(), VmError> {
+            Ok(())
+        }
+        async fn resume(&self) -> Result<(), VmError> {
+            Ok(())
+        }
+        async fn add_disk(&self, _: Disk) -> Result<(), VmError> {
+            Err(VmError::Ended)
+        }
+        async fn remove_disk(&self, _: &str) -> Result<(), VmError> {
+            Err(VmError::Ended)
+        }
+        async fn add_nic(&self, _: Nic) -> Result<(), VmError> {
+            Err(VmError::Ended)
+        }
+        async fn pass(&self, device: Passed) -> Result<(), VmError> {
+            if self.refuses {
+                return Err(VmError::NoPort { ports: 0 });
+            }
+            self.passed.lock().unwrap().push(device.id().into());
+            Ok(())
+        }
+        async fn take_back(&self, id: &str) -> Result<(), VmError> {
+            self.passed.lock().unwrap().retain(|other| other != id);
+            Ok(())
+        }
+        async fn wait(&self) -> VmExit {
+            std::future::pending().await
+        }
+        async fn stop(&self) {}
+    }
+
+    #[tokio::test]
+    async fn a_stand_in_is_one_pods_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("content");
+        fs::write(&path, "x").unwrap();
+        let wanted = Wanted {
+            id: "gpu0".into(),
+            path: "/dev/gpu0".into(),
+            device: Device::StandIn { path },
+        };
+        let (vm, other) = (Fake::default(), Fake::default());
+        let (mut first, mut second) = (way(&wanted), way(&wanted));
+        first.attach(&vm).await.unwrap();
+        let e = second.attach(&other).await.unwrap_err();
+        assert!(matches!(e, ReleaseError::Busy(_)), "{e}");
+        assert!(other.passed.lock().unwrap().is_empty());
+        first.detach(Some(&vm)).await.unwrap();
+        first.detach(Some(&vm)).await.unwrap();
+        assert!(vm.passed.lock().unwrap().is_empty());
+        second.attach(&other).await.unwrap();
+    }
+
+    /// A function in a folder that looks like sysfs; what is written to its files stays in them.
+    fn function(root: &Path) -> VfioAttach {
+        let folder = root.join("bus/pci/devices/0000:65:00.0");
+        for sub in ["driver", "vfio-dev/vfio3"] {
+            fs::create_dir_all(folder.join(sub)).unwrap();
+        }
+        VfioAttach {
+            id: "0000-65-00-0".into(),
+            function: folder,
+            bound: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_function_is_reset_on_both_ways_and_goes_back_to_its_driver() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let read = |file: &str| fs::read_to_string(root.join("bus/pci").join(file)).unwrap();
+        let of = |file: &str| read(&format!("devices/0000:65:00.0/{file}"));
+        let (mut device, vm) = (function(root), Fake::default());
+        device.attach(&vm).await.unwrap();
+        assert_eq!(*vm.passed.lock().unwrap(), ["0000-65-00-0"]);
+        assert_eq!(of("driver_override"), "vfio-pci\n");
+        assert_eq!(of("driver/unbind"), "0000:65:00.0");
+        assert_eq!(
+            (read("drivers_probe"), of("reset")),
+            ("0000:65:00.0".into(), "1".into())
+        );
+        fs::write(root.join("bus/pci/devices/0000:65:00.0/reset"), "").unwrap();
+        device.detach(Some(&vm)).await.unwrap();
+        assert!(vm.passed.lock().unwrap().is_empty());
+        assert_eq!(
+            (of("reset").as_str(), of("driver_override").as_str()),
+            ("1", "\n")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_function_that_the_vm_refuses_goes_back_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = function(dir.path());
+        let vm = Fake {
+            refuses: true,
+            ..Fake::default()
+        };
+        assert!(device.attach(&vm).await.is_err());
+        let left = device.function.join("driver_override");
+        assert_eq!(fs::read_to_string(left).unwrap(), "\n");
+        device.detach(Some(&vm)).await.unwrap();
+    }
+}
