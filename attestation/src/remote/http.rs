@@ -138,7 +138,9 @@ fn parse(bytes: &[u8]) -> Result<Option<(u16, usize, usize)>, RemoteError> {
     };
     match (response.code, length) {
         (Some(status), Some(length)) if length <= MAX_BODY => Ok(Some((status, start, length))),
-        _ => Err(RemoteError::Answer("has no Content-Length of at most 256 KiB")),
+        _ => Err(RemoteError::Answer(
+            "has no Content-Length of at most 256 KiB",
+        )),
     }
 }
 

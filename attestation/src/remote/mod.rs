@@ -173,7 +173,11 @@ fn split(url: &str) -> Option<(String, u16, String)> {
     };
     let (host, port) = if let Some(v6) = authority.strip_prefix('[') {
         let (host, rest) = v6.split_once(']')?;
-        (host, rest.strip_prefix(':').or(rest.is_empty().then_some("443"))?)
+        (
+            host,
+            rest.strip_prefix(':')
+                .or(rest.is_empty().then_some("443"))?,
+        )
     } else {
         authority.split_once(':').unwrap_or((authority, "443"))
     };
@@ -190,7 +194,13 @@ fn status_error(status: u16, body: &[u8]) -> RemoteError {
     }
     let text = serde_json::from_slice::<Error>(body).map_or_else(
         |_| "no reason".into(),
-        |e| e.message.chars().filter(|c| !c.is_control()).take(500).collect(),
+        |e| {
+            e.message
+                .chars()
+                .filter(|c| !c.is_control())
+                .take(500)
+                .collect()
+        },
     );
     RemoteError::Status(status, text)
 }

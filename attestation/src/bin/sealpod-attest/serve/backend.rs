@@ -236,8 +236,9 @@ fn inputs(config: &Config) -> anyhow::Result<Inputs> {
     let unusable = |path: &Path| format!("{} cannot be used", path.display());
     let v = &config.verifier;
     let anchors = match &v.anchors {
-        Some(path) => TrustAnchors::from_file_text(&text(path, MAX_INPUT)?)
-            .with_context(|| unusable(path))?,
+        Some(path) => {
+            TrustAnchors::from_file_text(&text(path, MAX_INPUT)?).with_context(|| unusable(path))?
+        }
         None => TrustAnchors::production(),
     };
     let mut collateral = Collateral::default();
@@ -245,8 +246,9 @@ fn inputs(config: &Config) -> anyhow::Result<Inputs> {
         input::add_collateral(&mut collateral, path)?;
     }
     let references = match &v.reference_values {
-        Some(path) => ReferenceValues::parse(&text(path, MAX_INPUT)?)
-            .with_context(|| unusable(path))?,
+        Some(path) => {
+            ReferenceValues::parse(&text(path, MAX_INPUT)?).with_context(|| unusable(path))?
+        }
         None => ReferenceValues::default(),
     };
     let policy = match &v.policy {
@@ -263,4 +265,7 @@ fn inputs(config: &Config) -> anyhow::Result<Inputs> {
     })
 }
 
-const _: () = assert!(evidence::MAX_BUNDLE <= 4 << 20, "limits.body_kib covers a bundle");
+const _: () = assert!(
+    evidence::MAX_BUNDLE <= 4 << 20,
+    "limits.body_kib covers a bundle"
+);

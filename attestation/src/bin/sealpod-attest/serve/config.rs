@@ -141,8 +141,8 @@ impl Config {
         let bytes = crate::input::read_up_to(path, MAX_FILE)?;
         let text = std::str::from_utf8(&bytes)
             .with_context(|| format!("{} is not text", path.display()))?;
-        let mut config: Self = toml::from_str(text)
-            .with_context(|| format!("{} cannot be used", path.display()))?;
+        let mut config: Self =
+            toml::from_str(text).with_context(|| format!("{} cannot be used", path.display()))?;
         config
             .check()
             .with_context(|| format!("{} cannot be used", path.display()))?;
@@ -158,7 +158,12 @@ impl Config {
         let l = &self.limits;
         for (key, value, from, to) in [
             ("connections", l.connections, 1, 65_536),
-            ("connections_per_address", l.connections_per_address, 1, 65_536),
+            (
+                "connections_per_address",
+                l.connections_per_address,
+                1,
+                65_536,
+            ),
             ("requests_per_second", l.requests_per_second, 1, 1_000_000),
             ("body_kib", l.body_kib, 64, 16_384),
             ("memory_mib", l.memory_mib, 1, 65_536),
@@ -259,7 +264,8 @@ mod tests {
 
     #[test]
     fn paths_start_at_the_file() {
-        let config = load("state = \"s\"\n[verifier]\ncollateral = \"/c\"\npolicy = \"p.rego\"").unwrap();
+        let config =
+            load("state = \"s\"\n[verifier]\ncollateral = \"/c\"\npolicy = \"p.rego\"").unwrap();
         assert!(config.state.is_absolute() && config.state.ends_with("s"));
         assert_eq!(config.verifier.collateral.unwrap(), Path::new("/c"));
         assert!(config.verifier.policy.unwrap().is_absolute());

@@ -8,9 +8,9 @@ use aws_lc_rs::rand::{SecureRandom, SystemRandom};
 use hyper::body::Incoming;
 use hyper::header::COOKIE;
 use hyper::{HeaderMap, Request, StatusCode};
-use sealpod_attestation::encoding::base64;
 use sealpod_attestation::appraise::ClientRequest;
 use sealpod_attestation::binding::Nonce;
+use sealpod_attestation::encoding::base64;
 use sealpod_attestation::evidence;
 use sealpod_attestation::kbs::{self, Attestation, Evidence, Tee};
 use sealpod_attestation::verdict::chain_text;
@@ -38,7 +38,11 @@ pub(crate) async fn auth(
 ) -> Result<Answer, Answer> {
     let read = service.body(request, SMALL).await?;
     let (request, binding) = kbs::parse_request(&read.bytes).map_err(|error| {
-        Answer::kbs_error(StatusCode::UNAUTHORIZED, "ProtocolVersion", &chain_text(&error))
+        Answer::kbs_error(
+            StatusCode::UNAUTHORIZED,
+            "ProtocolVersion",
+            &chain_text(&error),
+        )
     })?;
     let (mut bytes, mut id) = ([0; 32], [0; 32]);
     let failed = || Answer::kbs_error(StatusCode::INTERNAL_SERVER_ERROR, "Internal", "No nonce");
@@ -52,7 +56,10 @@ pub(crate) async fn auth(
         tee: request.tee,
         binding,
     };
-    let cookie = service.sessions.open(asked, id).ok_or_else(|| Answer::busy(60))?;
+    let cookie = service
+        .sessions
+        .open(asked, id)
+        .ok_or_else(|| Answer::busy(60))?;
     let answer = Answer::json(&kbs::challenge(&nonce, binding));
     Ok(answer.with_cookie(COOKIE_NAME, &cookie, LIFE))
 }
@@ -77,7 +84,11 @@ pub(crate) async fn attest(
 
 fn judge(service: &Service, id: &str, asked: &Asked, body: &[u8]) -> Result<Answer, Answer> {
     let malformed = |error: &dyn std::error::Error| {
-        Answer::kbs_error(StatusCode::UNAUTHORIZED, "AttestationFailed", &chain_text(error))
+        Answer::kbs_error(
+            StatusCode::UNAUTHORIZED,
+            "AttestationFailed",
+            &chain_text(error),
+        )
     };
     let Attestation {
         init_data,
@@ -86,7 +97,11 @@ fn judge(service: &Service, id: &str, asked: &Asked, body: &[u8]) -> Result<Answ
     } = kbs::parse_attestation(body).map_err(|e| malformed(&e))?;
     if runtime_data.nonce != asked.nonce {
         let text = "The runtime data is not for this session's nonce";
-        return Err(Answer::kbs_error(StatusCode::UNAUTHORIZED, "AttestationFailed", text));
+        return Err(Answer::kbs_error(
+            StatusCode::UNAUTHORIZED,
+            "AttestationFailed",
+            text,
+        ));
     }
     let evidence = Evidence::read(asked.tee, &tee_evidence).map_err(|e| malformed(&e))?;
     let key = runtime_data.tee_pubkey;
@@ -96,7 +111,11 @@ fn judge(service: &Service, id: &str, asked: &Asked, body: &[u8]) -> Result<Answ
         &service.metrics,
         ClientRequest {
             nonce: asked.bytes,
-            tee: if asked.tee == Tee::Tdx { evidence::Tee::Tdx } else { evidence::Tee::Snp },
+            tee: if asked.tee == Tee::Tdx {
+                evidence::Tee::Tdx
+            } else {
+                evidence::Tee::Snp
+            },
             evidence,
             report_data: binding.report_data(&asked.nonce, &key, &tee_evidence.additional_evidence),
             device_nonce: binding.device_nonce(&asked.nonce, &key),
@@ -110,7 +129,10 @@ fn judge(service: &Service, id: &str, asked: &Asked, body: &[u8]) -> Result<Answ
         key,
         evidence: accepted.evidence_digest,
     };
-    if !service.sessions.attested(id, proved, Duration::from_secs(life)) {
+    if !service
+        .sessions
+        .attested(id, proved, Duration::from_secs(life))
+    {
         return Err(Answer::busy(60));
     }
     let answer = Answer::json(&json!({ "token": accepted.token }));
@@ -169,7 +191,10 @@ fn no_session() -> Answer {
 
 /// The session's cookie among those that were sent.
 fn session(headers: &HeaderMap) -> Option<String> {
-    let lines = headers.get_all(COOKIE).iter().filter_map(|l| l.to_str().ok());
+    let lines = headers
+        .get_all(COOKIE)
+        .iter()
+        .filter_map(|l| l.to_str().ok());
     let mut cookies = lines.flat_map(|line| line.split(';'));
     cookies.find_map(|cookie| {
         let value = cookie.trim().strip_prefix(COOKIE_NAME)?.strip_prefix('=')?;
@@ -189,7 +214,10 @@ mod tests {
         assert_eq!(session(&headers), None);
         headers.append(COOKIE, HeaderValue::from_static("a=b; kbs-session-idx=c"));
         assert_eq!(session(&headers), None);
-        headers.append(COOKIE, HeaderValue::from_static("x=y; kbs-session-id=\"abc\"; z=1"));
+        headers.append(
+            COOKIE,
+            HeaderValue::from_static("x=y; kbs-session-id=\"abc\"; z=1"),
+        );
         assert_eq!(session(&headers), Some("abc".into()));
     }
 }

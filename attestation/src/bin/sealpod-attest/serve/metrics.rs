@@ -113,19 +113,44 @@ impl Metrics {
                 line(&mut out, "requests_total", &labels, count);
             }
         }
-        head(&mut out, "connections_cut_total", "counter", "Connections closed on a client");
+        head(
+            &mut out,
+            "connections_cut_total",
+            "counter",
+            "Connections closed on a client",
+        );
         for (why, name) in CUTS {
             let count = self.cuts[why as usize].load(Relaxed);
-            line(&mut out, "connections_cut_total", &format!("reason=\"{name}\""), count);
+            line(
+                &mut out,
+                "connections_cut_total",
+                &format!("reason=\"{name}\""),
+                count,
+            );
         }
         head(&mut out, "appraisals_total", "counter", "Evidence judged");
         for (how, name) in JUDGED {
             let count = self.judged[how as usize].load(Relaxed);
-            line(&mut out, "appraisals_total", &format!("verdict=\"{name}\""), count);
+            line(
+                &mut out,
+                "appraisals_total",
+                &format!("verdict=\"{name}\""),
+                count,
+            );
         }
-        head(&mut out, "reloads_total", "counter", "Reloads of certificate, policy, reference values and collateral");
+        head(
+            &mut out,
+            "reloads_total",
+            "counter",
+            "Reloads of certificate, policy, reference values and collateral",
+        );
         for (count, name) in self.reloads.iter().zip(["done", "failed"]) {
-            line(&mut out, "reloads_total", &format!("result=\"{name}\""), count.load(Relaxed));
+            line(
+                &mut out,
+                "reloads_total",
+                &format!("result=\"{name}\""),
+                count.load(Relaxed),
+            );
         }
         self.histogram(&mut out);
         head(&mut out, "connections", "gauge", "Open connections");
@@ -139,12 +164,22 @@ impl Metrics {
 
     fn histogram(&self, out: &mut String) {
         const NAME: &str = "appraisal_seconds";
-        head(out, NAME, "histogram", "Time of an appraisal, the audit record included");
+        head(
+            out,
+            NAME,
+            "histogram",
+            "Time of an appraisal, the audit record included",
+        );
         let mut sum = 0;
         for (at, count) in self.times.iter().enumerate() {
             sum += count.load(Relaxed);
             let bound = BUCKETS.get(at).map_or("+Inf".to_owned(), f64::to_string);
-            line(out, "appraisal_seconds_bucket", &format!("le=\"{bound}\""), sum);
+            line(
+                out,
+                "appraisal_seconds_bucket",
+                &format!("le=\"{bound}\""),
+                sum,
+            );
         }
         let seconds = self.time_nanos.load(Relaxed) as f64 / 1e9;
         let _ = writeln!(out, "sealpod_attest_{NAME}_sum {seconds}");

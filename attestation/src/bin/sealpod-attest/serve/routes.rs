@@ -24,7 +24,11 @@ pub(crate) async fn answer(
 ) -> Answer {
     let (route, method) = find(request.uri().path());
     let answer = if route == Route::Unknown {
-        Answer::error(StatusCode::NOT_FOUND, "path", "There is nothing at this path")
+        Answer::error(
+            StatusCode::NOT_FOUND,
+            "path",
+            "There is nothing at this path",
+        )
     } else if request.method() != method {
         let text = format!("{method} is what this path answers");
         Answer::error(StatusCode::METHOD_NOT_ALLOWED, "method", &text)
@@ -51,15 +55,9 @@ fn find(path: &str) -> (Route, Method) {
     }
 }
 
-async fn dispatch(
-    service: &Arc<Service>,
-    route: Route,
-    request: Request<Incoming>,
-) -> Answer {
+async fn dispatch(service: &Arc<Service>, route: Route, request: Request<Incoming>) -> Answer {
     let result = match route {
-        Route::Challenge => {
-            ask(service, request, SMALL, |s, body| s.backend.challenge(body)).await
-        }
+        Route::Challenge => ask(service, request, SMALL, |s, body| s.backend.challenge(body)).await,
         Route::Appraise => {
             ask(service, request, u32::MAX, |s, body| {
                 s.backend.appraise(&s.metrics, body)
@@ -98,9 +96,21 @@ fn health(service: &Service) -> Answer {
 fn metrics(service: &Service) -> Answer {
     let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
     let text = service.metrics.text(&[
-        ("challenges", "Challenges that wait for evidence", count(service.backend.challenges())),
-        ("sessions", "Sessions of key-broker clients", count(service.sessions.count())),
-        ("uptime_seconds", "Time since the start", service.started.elapsed().as_secs()),
+        (
+            "challenges",
+            "Challenges that wait for evidence",
+            count(service.backend.challenges()),
+        ),
+        (
+            "sessions",
+            "Sessions of key-broker clients",
+            count(service.sessions.count()),
+        ),
+        (
+            "uptime_seconds",
+            "Time since the start",
+            service.started.elapsed().as_secs(),
+        ),
         ("resident_bytes", "Memory of the process", resident()),
         (
             "reload_failures",

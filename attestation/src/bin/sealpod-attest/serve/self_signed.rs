@@ -52,7 +52,9 @@ pub(crate) fn make(listen: IpAddr) -> anyhow::Result<Made> {
     let certificate = sequence(&[&tbs, ECDSA_SHA256, &bits(signature.as_ref())]);
     sealpod_attestation::x509::Certificate::parse(&certificate)
         .context("The certificate that was made cannot be read")?;
-    let key = pair.to_pkcs8v1().map_err(|_| anyhow!("Cannot export a key"))?;
+    let key = pair
+        .to_pkcs8v1()
+        .map_err(|_| anyhow!("Cannot export a key"))?;
     Ok(Made {
         certificate,
         key: key.as_ref().to_vec(),
@@ -77,7 +79,10 @@ fn extensions(listen: IpAddr) -> Vec<u8> {
     if !listen.is_loopback() && !listen.is_unspecified() {
         names.extend(ip(listen));
     }
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let host = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
     let usable = |b: u8| b.is_ascii_alphanumeric() || b".-".contains(&b);
     if !host.is_empty() && host.bytes().all(usable) {
         names.extend(dns(&host));
@@ -138,6 +143,8 @@ mod tests {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
         let key = provider.key_provider.load_private_key(key).unwrap();
         let chain = vec![made.certificate.into()];
-        rustls::sign::CertifiedKey::new(chain, key).keys_match().unwrap();
+        rustls::sign::CertifiedKey::new(chain, key)
+            .keys_match()
+            .unwrap();
     }
 }

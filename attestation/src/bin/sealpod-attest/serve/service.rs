@@ -45,7 +45,11 @@ pub(crate) struct Read {
 }
 
 impl Service {
-    pub(crate) fn new(config: Config, backend: Backend, loaded: tls::Loaded) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        config: Config,
+        backend: Backend,
+        loaded: tls::Loaded,
+    ) -> anyhow::Result<Self> {
         use anyhow::Context;
         let resources = match &config.kbs.resources {
             Some(folder) => Some(
@@ -97,7 +101,9 @@ impl Service {
         if length > most {
             return Err(too_large());
         }
-        let kib = u32::try_from(length.div_ceil(1024)).unwrap_or(u32::MAX).max(1);
+        let kib = u32::try_from(length.div_ceil(1024))
+            .unwrap_or(u32::MAX)
+            .max(1);
         let permit = timeout(PATIENCE, Arc::clone(&self.memory).acquire_many_owned(kib)).await;
         let Ok(Ok(permit)) = permit else {
             return Err(Answer::busy(5));
@@ -142,7 +148,11 @@ impl Service {
             done
         });
         done.await.map_err(|_| {
-            Answer::error(StatusCode::INTERNAL_SERVER_ERROR, "internal", "The verifier failed")
+            Answer::error(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "internal",
+                "The verifier failed",
+            )
         })
     }
 }

@@ -51,8 +51,12 @@ impl Sessions {
     /// Opens a session: the value of its cookie. `None` if there are too many.
     pub(crate) fn open(&self, asked: Asked, id: [u8; 32]) -> Option<String> {
         let id = base64url(&id);
-        self.insert(id.clone(), Instant::now() + ANSWER, State::Challenged(asked))
-            .then_some(id)
+        self.insert(
+            id.clone(),
+            Instant::now() + ANSWER,
+            State::Challenged(asked),
+        )
+        .then_some(id)
     }
 
     /// Takes a session that waits for evidence: whatever follows, its nonce is used.

@@ -53,9 +53,7 @@ pub(crate) fn load(config: &Config) -> anyhow::Result<Loaded> {
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
         .with_single_cert(chain, private)
-        .with_context(|| {
-            format!("{} and {} do not fit", certificate.display(), key.display())
-        })?;
+        .with_context(|| format!("{} and {} do not fit", certificate.display(), key.display()))?;
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
     // No session tickets: every connection is small and none is resumed.
     tls.send_tls13_tickets = 0;
@@ -85,7 +83,11 @@ pub(crate) fn secret(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let write = || -> std::io::Result<()> {
         let _ = std::fs::remove_file(path);
         let mut options = std::fs::OpenOptions::new();
-        let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
         file.write_all(bytes)?;
         file.sync_all()
     };
@@ -99,7 +101,8 @@ pub(crate) fn state_folder(path: &Path) -> anyhow::Result<()> {
         .mode(0o700)
         .create(path)
         .with_context(|| format!("Cannot make {}", path.display()))?;
-    let meta = std::fs::metadata(path).with_context(|| format!("Cannot read {}", path.display()))?;
+    let meta =
+        std::fs::metadata(path).with_context(|| format!("Cannot read {}", path.display()))?;
     ensure!(meta.is_dir(), "{} is not a folder", path.display());
     Ok(())
 }
