@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 
-use sealpod_vmm::virtio::{Device, Error, Fs};
+use sealpod_vmm::virtio::{Device, Error, Remote};
 use tempfile::TempDir;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -62,9 +62,9 @@ impl Daemon {
         Some(Self { child, dir })
     }
 
-    fn device(&self) -> Fs {
+    fn device(&self) -> Remote {
         let socket = UnixStream::connect(self.dir.path().join("socket")).unwrap();
-        Fs::new(socket, "sealpod").unwrap()
+        Remote::folder(socket, "sealpod").unwrap()
     }
 }
 
@@ -88,13 +88,13 @@ fn request(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
 }
 
 /// Sends a request and returns the answer after its header.
-fn fuse(guest: &mut Machine<Fs>, opcode: u32, node: u64, body: &[u8], room: u32) -> Vec<u8> {
+fn fuse(guest: &mut Machine<Remote>, opcode: u32, node: u64, body: &[u8], room: u32) -> Vec<u8> {
     guest.offer(REQUESTS, &[&request(opcode, node, body)], &[16, room]);
     guest.kick(REQUESTS);
     answer(guest)
 }
 
-fn answer(guest: &mut Machine<Fs>) -> Vec<u8> {
+fn answer(guest: &mut Machine<Remote>) -> Vec<u8> {
     let direct = guest
         .told
         .direct
@@ -127,7 +127,7 @@ fn wait(on: &vmm_sys_util::eventfd::EventFd) {
     on.read().unwrap();
 }
 
-fn read_hello(guest: &mut Machine<Fs>) -> Vec<u8> {
+fn read_hello(guest: &mut Machine<Remote>) -> Vec<u8> {
     let numbers = |list: &[u32]| -> Vec<u8> { list.iter().flat_map(|n| n.to_le_bytes()).collect() };
     // INIT: version 7.38, read ahead, no flags.
     let init = fuse(
@@ -216,12 +216,12 @@ fn a_daemon_that_hangs_up_at_once_is_refused_and_so_is_a_wrong_tag() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
     assert!(matches!(
-        Fs::new(ours, "sealpod"),
+        Remote::folder(ours, "sealpod"),
         Err(Error::Daemon { .. })
     ));
     for tag in ["", "\0", &"x".repeat(37)] {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let refused = Fs::new(ours, tag);
+        let refused = Remote::folder(ours, tag);
         assert!(matches!(refused, Err(Error::Configuration(_))), "{tag:?}");
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0); // nothing was said
     }
