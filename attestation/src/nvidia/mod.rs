@@ -3,11 +3,13 @@
 
 mod device;
 mod evidence;
+mod manifests;
 mod report;
 mod rim;
 mod topology;
 mod verify;
 mod xml;
+mod xml_builder;
 
 pub use evidence::{Device, EvidenceError, parse_evidence_json};
 pub use report::{Mode, Opaque, Report, ReportError};

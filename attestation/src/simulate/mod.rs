@@ -13,6 +13,7 @@ mod nvidia;
 mod rim;
 mod snp;
 mod tdx;
+mod tdx_collateral;
 
 use std::collections::BTreeMap;
 use std::io::Write;

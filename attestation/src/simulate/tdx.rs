@@ -6,11 +6,11 @@ use serde_json::json;
 use super::encode::{octets, oid, sequence, small};
 use super::issue::{self, Certificate, Entity};
 use super::keys::{Key, Kind};
+use super::tdx_collateral::{qe_identity, tcb_info};
 use super::{Ca, Defect, Minted, SimulateError};
 use crate::crypto::{sha256, sha384};
 use crate::encoding::{hex, pem};
 use crate::tdx::{Event, replay};
-use crate::time::Timestamp;
 
 /// 1.2.840.113741.1.13.1, the SGX extensions of a PCK certificate.
 const SGX_EXTENSIONS: [u8; 9] = [0x2a, 0x86, 0x48, 0x86, 0xf8, 0x4d, 1, 13, 1];
@@ -18,12 +18,12 @@ const SGX_EXTENSIONS: [u8; 9] = [0x2a, 0x86, 0x48, 0x86, 0xf8, 0x4d, 1, 13, 1];
 const QE_VENDOR: [u8; 16] = [
     0x93, 0x9a, 0x72, 0x33, 0xf7, 0x9c, 0x4c, 0xa9, 0x94, 0x0a, 0x0d, 0xb3, 0x95, 0x7f, 0x06, 0x07,
 ];
-const FMSPC: [u8; 6] = [0x50, 0x80, 0x6f, 0, 0, 0];
-const QE_SIGNER: [u8; 32] = [0x51; 32];
+pub(super) const FMSPC: [u8; 6] = [0x50, 0x80, 0x6f, 0, 0, 0];
+pub(super) const QE_SIGNER: [u8; 32] = [0x51; 32];
 /// TDX module 1.5, security version 6.
 const TEE_TCB_SVN: [u8; 16] = [6, 1, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 const CPU_SVN: [u8; 16] = [3; 16];
-const PCE_SVN: u32 = 13;
+pub(super) const PCE_SVN: u32 = 13;
 const ALG_SHA384: u16 = 0x000c;
 /// EV_EVENT_TAG of the TCG platform firmware profile.
 const EVENT_TAG: u32 = 6;
@@ -377,73 +377,4 @@ fn sgx_extensions() -> (Vec<u8>, Vec<u8>) {
         &pair(&[4], &octets(&FMSPC)),
     ]);
     (SGX_EXTENSIONS.to_vec(), value)
-}
-
-fn tcb_info(window: (Timestamp, Timestamp), defect: Option<Defect>) -> serde_json::Value {
-    let is = |d| defect == Some(d);
-    let components = |svns: [u8; 16]| svns.map(|svn| json!({ "svn": svn }));
-    let level = |cpu: u8, module_update: u8, status: &str| {
-        let mut tdx = [0; 16];
-        tdx[2] = module_update;
-        json!({
-            "tcb": {
-                "sgxtcbcomponents": components([cpu; 16]),
-                "pcesvn": PCE_SVN,
-                "tdxtcbcomponents": components(tdx),
-            },
-            "tcbDate": window.0.to_string(),
-            "tcbStatus": status,
-        })
-    };
-    let module = json!({
-        "mrsigner": "0".repeat(96),
-        "attributes": "0".repeat(16),
-        "attributesMask": "F".repeat(16),
-    });
-    let mut identity = module.clone();
-    identity["id"] = "TDX_01".into();
-    identity["tcbLevels"] = json!([
-        { "tcb": { "isvsvn": 6 }, "tcbDate": window.0.to_string(), "tcbStatus": "UpToDate" },
-        { "tcb": { "isvsvn": 2 }, "tcbDate": window.0.to_string(), "tcbStatus": "OutOfDate",
-          "advisoryIDs": ["SIMULATED-SA-00001"] },
-    ]);
-    let mut fmspc = FMSPC;
-    fmspc[0] ^= if is(Defect::OtherPlatform) { 0xff } else { 0 };
-    let best = if is(Defect::TcbRevoked) {
-        "Revoked"
-    } else {
-        "UpToDate"
-    };
-    json!({
-        "id": "TDX",
-        "version": 3,
-        "issueDate": window.0.to_string(),
-        "nextUpdate": window.1.to_string(),
-        "fmspc": hex(&fmspc),
-        "pceId": if is(Defect::OtherPce) { "0100" } else { "0000" },
-        "tcbType": 0,
-        "tcbEvaluationDataNumber": if is(Defect::OldEvaluation) { 1 } else { 18 },
-        "tdxModule": module,
-        "tdxModuleIdentities": [identity],
-        "tcbLevels": [level(3, 5, best), level(2, 3, "OutOfDate")],
-    })
-}
-
-fn qe_identity(window: (Timestamp, Timestamp)) -> serde_json::Value {
-    json!({
-        "id": "TD_QE",
-        "version": 2,
-        "issueDate": window.0.to_string(),
-        "nextUpdate": window.1.to_string(),
-        "tcbEvaluationDataNumber": 18,
-        "miscselect": "00000000",
-        "miscselectMask": "FFFFFFFF",
-        "attributes": "11000000000000000000000000000000",
-        "attributesMask": "FBFFFFFFFFFFFFFF0000000000000000",
-        "mrsigner": hex(&QE_SIGNER),
-        "isvprodid": 2,
-        "tcbLevels": [
-            { "tcb": { "isvsvn": 4 }, "tcbDate": window.0.to_string(), "tcbStatus": "UpToDate" },
-        ],
-    })
 }

@@ -1,6 +1,7 @@
 //! AMD SEV-SNP: attestation reports, the chain of their signing keys, and the verifier.
 
 mod cert_table;
+mod checks;
 mod product;
 mod report;
 mod tcb;

@@ -1,6 +1,8 @@
 //! Intel TDX: quotes, collateral, TCB evaluation, event logs, and the verifier.
 
+mod checks;
 mod collateral;
+mod endorsed;
 mod event_log;
 mod pck;
 mod quote;

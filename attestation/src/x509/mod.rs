@@ -2,13 +2,15 @@
 //! What is signed is the exact bytes that were read; nothing is re-encoded. An unknown critical
 //! extension, algorithm or key is refused. A serial number of zero is fine (AMD's VCEK has it).
 
-use crate::anchors::{Pin, pin_of};
+mod chain;
+mod crl;
+
+pub use chain::{ChainError, verify_chain};
+pub use crl::{Crl, CrlError};
+
 use crate::crypto::{PublicKey, SignatureAlgorithm};
 use crate::der::{self, DerError, Reader, tag};
 use crate::time::Timestamp;
-
-/// Longest chain that is looked at.
-const MAX_CHAIN: usize = 8;
 
 /// Object identifiers, content octets.
 pub mod oid {
@@ -67,32 +69,6 @@ pub enum X509Error {
     /// The same extension twice.
     #[error("Extension {0} occurs twice")]
     DuplicateExtension(String),
-}
-
-/// Why a chain does not lead to an anchor.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum ChainError {
-    /// Too few or too many certificates.
-    #[error("Chain of {0} certificates; 1 to {MAX_CHAIN} are allowed")]
-    Length(usize),
-    /// The issuer's name is not the next certificate's subject.
-    #[error("{0} names another issuer than the next certificate of the chain")]
-    Name(String),
-    /// A signature does not verify.
-    #[error("Signature of {0} is not its issuer's")]
-    Signature(String),
-    /// An issuer that is not a CA, or may not sign certificates, or not at this depth.
-    #[error("{0} may not issue certificates here")]
-    NotCa(String),
-    /// A critical extension nobody here understands.
-    #[error("{0} has the unknown critical extension {1}")]
-    Critical(String, String),
-    /// Outside of the validity period.
-    #[error("{0} is valid from {1} to {2}, not at {3}")]
-    Validity(String, Timestamp, Timestamp, Timestamp),
-    /// The last certificate's key is not pinned.
-    #[error("Root {0} is not a trust anchor (SHA-384 of its key {1})")]
-    Root(String, String),
 }
 
 /// One extension.
@@ -273,195 +249,6 @@ impl<'a> Certificate<'a> {
 /// When one of them cannot be read.
 pub fn parse_all(ders: &[Vec<u8>]) -> Result<Vec<Certificate<'_>>, X509Error> {
     ders.iter().map(|d| Certificate::parse(d)).collect()
-}
-
-/// Checks a chain from a leaf to a pinned root: names, signatures, CA rights, validity at `now`.
-/// Returns the earliest end of validity in the chain.
-///
-/// # Errors
-/// What breaks the chain, and where.
-pub fn verify_chain(
-    chain: &[&Certificate<'_>],
-    anchors: &[Pin],
-    now: Timestamp,
-) -> Result<Timestamp, ChainError> {
-    const KNOWN: [&[u8]; 8] = [
-        oid::BASIC_CONSTRAINTS,
-        oid::KEY_USAGE,
-        oid::SUBJECT_KEY_ID,
-        oid::AUTHORITY_KEY_ID,
-        oid::SUBJECT_ALT_NAME,
-        oid::EXTENDED_KEY_USAGE,
-        oid::CRL_DISTRIBUTION_POINTS,
-        oid::CERTIFICATE_POLICIES,
-    ];
-    let root = match chain {
-        [.., root] if chain.len() <= MAX_CHAIN => *root,
-        _ => return Err(ChainError::Length(chain.len())),
-    };
-    if !anchors.contains(&pin_of(root)) {
-        return Err(ChainError::Root(
-            root.label(),
-            crate::encoding::hex(&pin_of(root)),
-        ));
-    }
-    let mut end = root.not_after;
-    for (depth, certificate) in chain.iter().enumerate() {
-        if let Some(unknown) = certificate
-            .extensions
-            .iter()
-            .find(|e| e.critical && !KNOWN.contains(&e.oid))
-        {
-            return Err(ChainError::Critical(
-                certificate.label(),
-                der::oid_text(unknown.oid),
-            ));
-        }
-        if depth > 0 && !certificate.may_issue(depth as u64 - 1) {
-            return Err(ChainError::NotCa(certificate.label()));
-        }
-        // The root signs itself; its key is pinned, so its own signature says nothing more.
-        let issuer = chain.get(depth + 1).copied().unwrap_or(root);
-        if certificate.issuer != issuer.subject {
-            return Err(ChainError::Name(certificate.label()));
-        }
-        if !certificate.signed_by(issuer) {
-            return Err(ChainError::Signature(certificate.label()));
-        }
-        if !certificate.valid_at(now) {
-            return Err(ChainError::Validity(
-                certificate.label(),
-                certificate.not_before,
-                certificate.not_after,
-                now,
-            ));
-        }
-        end = end.min(certificate.not_after);
-    }
-    Ok(end)
-}
-
-/// A certificate revocation list, borrowed from its DER.
-#[derive(Clone, Debug)]
-pub struct Crl<'a> {
-    /// Issuer's name, DER.
-    pub issuer: &'a [u8],
-    /// When it was made.
-    pub this_update: Timestamp,
-    /// Until when it may be used.
-    pub next_update: Timestamp,
-    tbs: &'a [u8],
-    revoked: Vec<&'a [u8]>,
-    algorithm: SignatureAlgorithm,
-    signature: &'a [u8],
-}
-
-/// Why a CRL does not vouch for a certificate.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum CrlError {
-    /// Made by somebody else.
-    #[error("CRL is not signed by {0}")]
-    Signature(String),
-    /// Outside of its time window.
-    #[error("CRL is valid from {0} to {1}, not at {2}")]
-    Validity(Timestamp, Timestamp, Timestamp),
-    /// The certificate is on it.
-    #[error("{0} is revoked")]
-    Revoked(String),
-}
-
-impl<'a> Crl<'a> {
-    /// Reads one CRL; nothing may follow it.
-    ///
-    /// # Errors
-    /// When the bytes are not a version 2 CRL with a next update and a known signature algorithm.
-    pub fn parse(der: &'a [u8]) -> Result<Self, X509Error> {
-        let mut outer = der::only(der, tag::SEQUENCE)?;
-        let tbs = outer.element(tag::SEQUENCE)?;
-        let algorithm = outer.element(tag::SEQUENCE)?;
-        let signature = outer.bit_string()?;
-        outer.finish()?;
-        let mut body = Reader::new(tbs.value);
-        if body.small()? != 1 {
-            return Err(X509Error::Version);
-        }
-        if body.element(tag::SEQUENCE)?.raw != algorithm.raw {
-            return Err(X509Error::AlgorithmMismatch);
-        }
-        let issuer = body.element(tag::SEQUENCE)?.raw;
-        let this_update = time(&mut body)?;
-        let next_update = time(&mut body)?;
-        let mut revoked = Vec::new();
-        if let Some(list) = body.optional(tag::SEQUENCE)? {
-            let mut entries = Reader::new(list);
-            while !entries.is_empty() {
-                revoked.push(entries.nested(tag::SEQUENCE)?.unsigned()?);
-            }
-        }
-        if let Some(list) = body.optional(tag::context(0))? {
-            // A critical extension (a delta or a partial CRL) would change what absence means.
-            if let Some(e) = extensions(list)?
-                .iter()
-                .find(|e| e.critical && e.oid != oid::ISSUING_DISTRIBUTION_POINT)
-            {
-                return Err(X509Error::Algorithm(format!(
-                    "with critical CRL extension {}",
-                    der::oid_text(e.oid)
-                )));
-            }
-        }
-        body.finish()?;
-        let algorithm = signature_algorithm(algorithm.value)?;
-        Ok(Self {
-            issuer,
-            this_update,
-            next_update,
-            tbs: tbs.raw,
-            revoked,
-            algorithm,
-            signature,
-        })
-    }
-
-    /// The serial numbers on the list.
-    pub fn revoked(&self) -> impl Iterator<Item = &'a [u8]> {
-        self.revoked.iter().copied()
-    }
-
-    /// Checks that the CRL is `issuer`'s and current at `now`.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub fn verify(&self, issuer: &Certificate<'_>, now: Timestamp) -> Result<(), CrlError> {
-        let crl_sign = issuer.key_usage().is_none_or(|bits| bits & 0x02 != 0);
-        if self.issuer != issuer.subject
-            || !crl_sign
-            || !issuer.key.verify(self.algorithm, self.tbs, self.signature)
-        {
-            return Err(CrlError::Signature(issuer.label()));
-        }
-        if now < self.this_update || now > self.next_update {
-            return Err(CrlError::Validity(self.this_update, self.next_update, now));
-        }
-        Ok(())
-    }
-
-    /// Checks that `certificate`, which must be of this CRL's issuer, is not on the list.
-    ///
-    /// # Errors
-    /// When it is revoked or of another issuer.
-    pub fn admits(&self, certificate: &Certificate<'_>) -> Result<(), CrlError> {
-        if certificate.issuer != self.issuer {
-            return Err(CrlError::Signature(format!(
-                "the issuer of {}",
-                certificate.label()
-            )));
-        }
-        if self.revoked.contains(&certificate.serial) {
-            return Err(CrlError::Revoked(certificate.label()));
-        }
-        Ok(())
-    }
 }
 
 /// A Time (UTCTime or GeneralizedTime).
