@@ -63,6 +63,8 @@ pub struct Hypervisor {
     pub accelerator: Accelerator,
     /// QEMU: an absolute path, or a name that is searched in PATH.
     pub qemu: PathBuf,
+    /// sealpod-vmm. Absolute.
+    pub vmm: PathBuf,
     /// Guest kernel: uncompressed, with a PVH entry. Absolute.
     pub kernel: PathBuf,
     /// The guest's root with the agent. Absolute.
@@ -122,6 +124,8 @@ pub enum Driver {
     Auto,
     /// QEMU.
     Qemu,
+    /// sealpod-vmm.
+    Vmm,
 }
 
 /// What executes the guest's instructions.
@@ -198,6 +202,7 @@ impl Default for Hypervisor {
             driver: Driver::default(),
             accelerator: Accelerator::default(),
             qemu: "qemu-system-x86_64".into(),
+            vmm: prefix.join("libexec/sealpod/sealpod-vmm"),
             kernel: share.join("vmlinux"),
             initramfs: share.join("initramfs.cpio"),
             virtiofsd: prefix.join("libexec/sealpod/virtiofsd"),
@@ -268,6 +273,7 @@ impl Config {
         );
         for (key, path) in [
             ("runtime.state_dir", &r.state_dir),
+            ("hypervisor.vmm", &h.vmm),
             ("hypervisor.kernel", &h.kernel),
             ("hypervisor.initramfs", &h.initramfs),
             ("hypervisor.virtiofsd", &h.virtiofsd),

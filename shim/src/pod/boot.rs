@@ -28,7 +28,7 @@ use crate::{
     sizing::{self, Size},
     spec,
     virtiofs::{self, Virtiofs},
-    vm::{self, Driver as _},
+    vm,
 };
 
 /// Of a NIC whose interface is not known yet, bytes: it may become anything.
@@ -51,6 +51,8 @@ pub(super) struct BootRequest {
     pub(super) annotations: HashMap<String, String>,
     /// The sandbox's or only container's specification.
     pub(super) spec: Option<Spec>,
+    /// Whether disks or interfaces can come later. Ports for them cost a start 50 ms.
+    pub(super) grows: bool,
 }
 
 /// What was decided before anything is taken.
@@ -58,6 +60,9 @@ struct Plan {
     config: Config,
     size: Size,
     kernel_params: Vec<String>,
+    /// The pod wants devices that are passed through.
+    needs_pci: bool,
+    hotplug_ports: u32,
     policy: Option<String>,
     init_data: Option<Vec<u8>>,
 }
@@ -83,10 +88,17 @@ fn plan(request: &BootRequest) -> Result<Plan> {
     let size = sizing::size(limits, &wishes, &config.sizing, host).map_err(|e| refused(&e))?;
     let mut kernel_params = config.hypervisor.kernel_params.clone();
     kernel_params.extend(wishes.kernel_params);
+    let needs_pci = !wishes.devices.is_empty();
+    let hotplug_ports = match request.grows || needs_pci {
+        true => config.hypervisor.hotplug_ports,
+        false => 0,
+    };
     Ok(Plan {
         config,
         size,
         kernel_params,
+        needs_pci,
+        hotplug_ports,
         policy: wishes.policy,
         init_data: wishes.init_data,
     })
@@ -118,15 +130,13 @@ pub(super) async fn boot(
 
     let dialled = dir.join(format!("{}_{AGENT_PORT}", vm::VSOCK_FILE));
     let listener = UnixListener::bind(&dialled).map_err(|e| failed(&e))?;
-    let config = vm_config(pod, &plan, network, cgroup, share, taps)?;
+    let mut config = vm_config(pod, &plan, network, cgroup, share, taps)?;
+    let driver = driver(&plan, &mut config)?;
     let attested = attestation(pod, &plan, request, &config).await?;
-    let vm = taken.vm.insert(
-        vm::Qemu
-            .start(config, ledger)
-            .await
-            .map_err(|e| failed(&e))?,
-    );
+    let started = driver.start(config, ledger).await;
+    let vm = taken.vm.insert(started.map_err(|e| failed(&e))?);
     pod.timeline.mark(Mark::VmCreated);
+    join(cgroup, plan.config.runtime.strict_cgroup)?;
 
     let limit = Duration::from_secs(plan.config.timeouts.boot_seconds.into());
     let answered = first_answer(vm.as_ref(), &listener, &dir.join(vm::VSOCK_FILE), limit).await;
@@ -168,6 +178,26 @@ async fn first_answer(
     Err(with_console(e, &vm.console_tail()))
 }
 
+/// Which driver starts the VM, and its program. sealpod-vmm is the one where KVM is real; devices that
+/// are passed through, and guests without KVM, are QEMU's.
+fn driver(plan: &Plan, config: &mut vm::VmConfig) -> Result<&'static dyn vm::Driver> {
+    let hypervisor = &plan.config.hypervisor;
+    let builtin = match hypervisor.driver {
+        config::Driver::Qemu => false,
+        config::Driver::Vmm => true,
+        config::Driver::Auto => {
+            config.accelerator == vm::Accelerator::Kvm && !plan.needs_pci && hypervisor.vmm.exists()
+        }
+    };
+    let program = if builtin {
+        &hypervisor.vmm
+    } else {
+        &hypervisor.qemu
+    };
+    config.program = vm::find_program(program).map_err(|e| failed(&e))?;
+    Ok(if builtin { &vm::Builtin } else { &vm::Qemu })
+}
+
 /// What the VM driver is told. Descriptors are duplicated for the VMM; it has no others.
 fn vm_config(
     pod: &Pod,
@@ -190,7 +220,7 @@ fn vm_config(
         .map_err(|e| failed(&e))?;
     Ok(vm::VmConfig {
         dir: pod.identity.place.dir().to_owned(),
-        program: vm::find_program(&hypervisor.qemu).map_err(|e| failed(&e))?,
+        program: PathBuf::new(), // the driver's, once that is chosen
         kernel: hypervisor.kernel.clone(),
         initramfs: hypervisor.initramfs.clone(),
         kernel_params: plan.kernel_params.clone(),
@@ -200,7 +230,7 @@ fn vm_config(
         nics: taps.into_iter().map(nic).collect(),
         netns: Some(netns),
         cgroup: cgroup.procs_files().map_err(|e| failed(&e))?,
-        hotplug_ports: hypervisor.hotplug_ports,
+        hotplug_ports: plan.hotplug_ports,
         accelerator: vm::choose_accelerator(wanted, &plan.config.runtime.state_dir),
         user: hypervisor.user.get(),
     })
@@ -232,13 +262,19 @@ fn cgroup(pod: &Pod, ledger: &Ledger, request: &BootRequest, plan: &Plan) -> Res
     let path = path.unwrap_or_default();
     let strict = plan.config.runtime.strict_cgroup;
     let cgroup = HostCgroup::create(&path.to_string_lossy(), pod.id(), ledger, strict);
-    let cgroup = cgroup.map_err(|e| failed(&e))?;
+    cgroup.map_err(|e| failed(&e))
+}
+
+/// The shim is of the pod too. While the guest boots: a move waits for every processor of the host.
+fn join(cgroup: &HostCgroup, strict: bool) -> Result<()> {
     match cgroup.join(std::process::id()) {
-        Err(e) if strict => return Err(failed(&e)),
-        Err(e) => tracing::warn!("{}", crate::error::chain(&e)),
-        Ok(()) => {}
+        Err(e) if strict => Err(failed(&e)),
+        Err(e) => {
+            tracing::warn!("{}", crate::error::chain(&e));
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
-    Ok(cgroup)
 }
 
 fn mark_guest_times(pod: &Pod, hello: &agent::HelloResponse) {

@@ -4,10 +4,8 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 
 use super::Accelerator;
+use super::process::{INITRAMFS, KERNEL};
 
-/// Where the jail has the guest's kernel and root.
-pub(super) const KERNEL: &str = "/boot/vmlinux";
-pub(super) const INITRAMFS: &str = "/boot/initramfs";
 /// A firmware that does no more than start a kernel; it is part of QEMU.
 pub(super) const FIRMWARE: &str = "qboot.rom";
 /// Longest kernel command line, bytes (x86's `COMMAND_LINE_SIZE`, with the NUL).
@@ -143,8 +141,6 @@ pub(super) fn build(vm: &Layout<'_>) -> Vec<OsString> {
     );
     args.socket("console", vm.console);
     args.pair("-serial", Value::new("chardev:console"));
-    args.pair("-object", Value::new("rng-builtin").with("id", "entropy"));
-    args.device("virtio-rng-pci", "rng", &[("rng", "entropy")]);
     args.socket("vsock", vm.vsock);
     args.device("vhost-user-vsock-pci", "vsock0", &[("chardev", "vsock")]);
     if let Some(share) = vm.share {

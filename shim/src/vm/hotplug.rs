@@ -1,7 +1,7 @@
 //! Devices that come and go while QEMU runs, each on a PCIe root port of its own. Files and taps are
 //! opened here and handed over as descriptors: QEMU's jail has no path to them.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -67,19 +67,19 @@ impl Ports {
         })
     }
 
-    fn release(&self, id: &str) {
+    pub(super) fn release(&self, id: &str) {
         for port in self.lock().iter_mut().filter(|p| p.as_deref() == Some(id)) {
             *port = None;
         }
     }
 
-    fn holds(&self, id: &str) -> bool {
+    pub(super) fn holds(&self, id: &str) -> bool {
         self.lock().iter().flatten().any(|other| other == id)
     }
 }
 
 /// A device's name in QEMU; a serial is part of it, so it must be checked first.
-fn disk_id(serial: &str) -> String {
+pub(super) fn disk_id(serial: &str) -> String {
     format!("disk-{serial}")
 }
 
@@ -95,10 +95,8 @@ pub(super) fn check_serial(serial: &str) -> Result<(), VmError> {
     })
 }
 
-pub(super) async fn add_disk(qmp: &Qmp, ports: &Ports, disk: &Disk) -> Result<(), VmError> {
-    check_serial(&disk.serial)?;
-    let id = disk_id(&disk.serial);
-    let mut port = ports.take(&id)?;
+/// Opens a disk for the VMM; says whether it is a block device.
+pub(super) fn open(disk: &Disk) -> Result<(File, bool), VmError> {
     let host = |source| VmError::Host {
         action: "open disk",
         path: disk.path.clone(),
@@ -112,17 +110,22 @@ pub(super) async fn add_disk(qmp: &Qmp, ports: &Ports, disk: &Disk) -> Result<()
         .open(&disk.path)
         .map_err(host)?;
     let kind = file.metadata().map_err(host)?.file_type();
-    let driver = match (kind.is_block_device(), kind.is_file()) {
-        (true, _) => "host_device",
-        (_, true) => "file",
-        _ => {
-            return Err(VmError::Config {
-                what: "Disk",
-                value: disk.path.display().to_string(),
-                allowed: "a block device or a regular file is needed".into(),
-            });
-        }
-    };
+    if kind.is_block_device() || kind.is_file() {
+        return Ok((file, kind.is_block_device()));
+    }
+    Err(VmError::Config {
+        what: "Disk",
+        value: disk.path.display().to_string(),
+        allowed: "a block device or a regular file is needed".into(),
+    })
+}
+
+pub(super) async fn add_disk(qmp: &Qmp, ports: &Ports, disk: &Disk) -> Result<(), VmError> {
+    check_serial(&disk.serial)?;
+    let id = disk_id(&disk.serial);
+    let mut port = ports.take(&id)?;
+    let (file, block_device) = open(disk)?;
+    let driver = if block_device { "host_device" } else { "file" };
     let added = qmp
         .execute_with_fd("add-fd", json!({}), file.as_fd())
         .await?;
@@ -204,9 +207,14 @@ pub(super) async fn remove(qmp: &Qmp, ports: &Ports, id: &str, name: &str) -> Re
     Ok(())
 }
 
+/// A network device's name.
+pub(super) fn nic_id(mac: [u8; 6]) -> String {
+    format!("nic-{}", args::mac_text(mac).replace(':', ""))
+}
+
 pub(super) async fn add_nic(qmp: &Qmp, ports: &Ports, nic: Nic) -> Result<(), VmError> {
     let mac = args::mac_text(nic.mac);
-    let id = format!("nic-{}", mac.replace(':', ""));
+    let id = nic_id(nic.mac);
     let mut port = ports.take(&id)?;
     let name = json!({"fdname": id});
     qmp.execute_with_fd("getfd", name.clone(), nic.tap.as_fd())

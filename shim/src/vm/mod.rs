@@ -10,6 +10,7 @@
 //! ```
 
 mod args;
+mod builtin;
 mod cache;
 mod check;
 mod console;
@@ -17,6 +18,7 @@ mod hotplug;
 mod image;
 mod passed;
 pub mod probe;
+mod process;
 mod qemu;
 mod qmp;
 mod tsc;
@@ -32,6 +34,7 @@ use async_trait::async_trait;
 use crate::child::{ChildError, Exit};
 use crate::ledger::{Ledger, LedgerError};
 
+pub use builtin::Builtin;
 pub use check::find_program;
 pub use image::{ImageError, check_initramfs, check_kernel};
 pub use qemu::{Qemu, cmdline};

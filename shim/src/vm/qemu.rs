@@ -2,50 +2,31 @@
 //! as a descriptor; watches it; and tells how it ended. `args` has its command line, `qmp` its
 //! control protocol, `hotplug` the devices that come later.
 
-use std::fs::DirBuilder;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixStream as StdStream;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
-use sealpod_vmm::vsock::{self, VhostUserVsock};
+use sealpod_vmm::vsock::VhostUserVsock;
 use serde_json::json;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::args::{self, Layout, NicArgs};
 use super::check::{check, find_program};
-use super::console::{Console, panic_message};
+use super::console::Console;
 use super::hotplug::{self, Ports};
+use super::process::{self, ended, mark, pair, start_vsock};
 use super::qmp::Qmp;
-use super::{
-    Accelerator, Disk, Driver, ExitReason, Mark, Nic, Passed, VSOCK_FILE, Vm, VmConfig, VmError,
-    VmExit,
-};
+use super::{Accelerator, Disk, Driver, Mark, Nic, Passed, Vm, VmConfig, VmError, VmExit};
 use super::{passed, tsc};
-use crate::child::{self, Child, Command, Exit, Jail, Watch};
+use crate::child::{self, Child, Command};
 use crate::ledger::Ledger;
 
-/// Mount point, in the pod's folder, of QEMU's root.
-const JAIL_DIR: &str = "vmm";
-/// Socket, in the pod's folder, that exists for the moment in which QEMU's end is connected.
-const VHOST_FILE: &str = "vhost.sock";
-/// `/dev/kvm` (Linux' devices.txt: misc device 232).
-const KVM_MAJOR: u32 = 10;
-const KVM_MINOR: u32 = 232;
 /// Descriptors that QEMU may have open. It has some 30, and 2 for each disk.
 const OPEN_FILES: u64 = 1024;
 /// How long QEMU may take to quit when asked before it is killed.
 const QUIT_PATIENCE: Duration = Duration::from_secs(1);
-/// How long the rest of the console may take to be read once QEMU has ended.
-const DRAIN: Duration = Duration::from_millis(200);
-/// What QEMU writes when it is ended by a signal; its exit code is then 0 as for a guest's end.
-const BY_SIGNAL: &str = "terminating on signal";
 
 /// Starts QEMU.
 #[derive(Debug, Default, Clone, Copy)]
@@ -66,15 +47,7 @@ impl Driver for Qemu {
         let child = child::spawn(command, ledger).await?;
         let mut marks = vec![mark("vmm_spawned")];
         let (console, reading) = Console::read(console);
-        let stopping = Arc::new(AtomicBool::new(false));
-        let (tell, exit) = watch::channel(None);
-        let supervisor = Supervisor {
-            child: child.watch(),
-            console: console.clone(),
-            reading,
-            stopping: Arc::clone(&stopping),
-        };
-        tokio::spawn(async move { tell.send_replace(Some(supervisor.run().await)) });
+        let (stopping, exit) = process::supervise(child.watch(), console.clone(), reading);
         let qmp = match Qmp::connect(monitor).await {
             Ok(qmp) => qmp,
             Err(e) => {
@@ -121,11 +94,6 @@ pub async fn cmdline(config: &VmConfig) -> String {
     )
 }
 
-fn mark(what: &'static str) -> Mark {
-    let at = Instant::now();
-    Mark { what, at }
-}
-
 /// QEMU as it will be run. Descriptors are numbered in the order they are given.
 fn command(
     config: VmConfig,
@@ -140,22 +108,7 @@ fn command(
         _ => None,
     };
     let firmware = prefix.is_some_and(|p| p.join("share/qemu").join(args::FIRMWARE).exists());
-    let jail_root = config.dir.join(JAIL_DIR);
-    let host = |source| VmError::Host {
-        action: "make folder",
-        path: jail_root.clone(),
-        source,
-    };
-    let mut builder = DirBuilder::new();
-    builder.recursive(true).mode(0o700);
-    builder.create(&jail_root).map_err(host)?;
-    let mut jail = Jail::new(&jail_root);
-    jail.visible(prefix.unwrap_or(&program))
-        .file(&config.kernel, args::KERNEL)
-        .file(&config.initramfs, args::INITRAMFS);
-    if config.accelerator == Accelerator::Kvm {
-        jail.device("/dev/kvm", KVM_MAJOR, KVM_MINOR);
-    }
+    let jail = process::jail(&config, prefix.unwrap_or(&program))?;
 
     let mut command = Command::new("qemu", &program);
     let nics: Vec<NicArgs> = config
@@ -191,82 +144,6 @@ fn command(
     command.rlimit(libc::RLIMIT_CORE, 0);
     command.rlimit(libc::RLIMIT_NOFILE, OPEN_FILES);
     Ok(command)
-}
-
-/// A connection to QEMU: the shim's end and QEMU's.
-fn pair(dir: &Path) -> Result<(UnixStream, OwnedFd), VmError> {
-    let make = || -> io::Result<_> {
-        let (ours, theirs) = StdStream::pair()?;
-        ours.set_nonblocking(true)?;
-        Ok((UnixStream::from_std(ours)?, theirs.into()))
-    };
-    make().map_err(|source| VmError::Host {
-        action: "make sockets for",
-        path: dir.into(),
-        source,
-    })
-}
-
-/// Starts the vsock engine; returns QEMU's end of the connection to it. The socket between them has
-/// a name only until it is connected.
-fn start_vsock(dir: &Path) -> Result<(VhostUserVsock, OwnedFd), VmError> {
-    let path: PathBuf = dir.join(VHOST_FILE);
-    let (listener, stream) = child::connected(&path).map_err(|source| VmError::Host {
-        action: "connect socket",
-        path: path.clone(),
-        source,
-    })?;
-    let config = vsock::Config {
-        uds: dir.join(VSOCK_FILE),
-        guest_cid: sealpod_protocol::GUEST_CID,
-        limits: vsock::Limits::default(),
-    };
-    Ok((VhostUserVsock::start(listener, &config)?, stream.into()))
-}
-
-/// Waits for QEMU's end and says what it was.
-struct Supervisor {
-    child: Watch,
-    console: Console,
-    reading: tokio::task::JoinHandle<()>,
-    stopping: Arc<AtomicBool>,
-}
-
-impl Supervisor {
-    async fn run(mut self) -> VmExit {
-        let exit = self.child.wait().await;
-        if tokio::time::timeout(DRAIN, &mut self.reading)
-            .await
-            .is_err()
-        {
-            self.reading.abort();
-        }
-        let console = self.console.lines();
-        let output = self.child.output();
-        let signalled = output.iter().any(|line| line.contains(BY_SIGNAL));
-        let reason = if self.stopping.load(Ordering::SeqCst) {
-            ExitReason::Stopped
-        } else if exit != Exit::Code(0) || signalled {
-            ExitReason::Vmm(exit)
-        } else {
-            panic_message(&console).map_or(ExitReason::Guest, ExitReason::Panic)
-        };
-        VmExit {
-            reason,
-            console,
-            output,
-        }
-    }
-}
-
-async fn ended(mut exit: watch::Receiver<Option<VmExit>>) -> VmExit {
-    let told = exit.wait_for(Option::is_some).await;
-    // The supervisor always tells; were its runtime to end first, nobody would be left to ask.
-    told.ok().and_then(|e| e.clone()).unwrap_or(VmExit {
-        reason: ExitReason::Stopped,
-        console: Vec::new(),
-        output: Vec::new(),
-    })
 }
 
 /// A running QEMU.

@@ -7,10 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sealpod_shim::ledger::{Ledger, clean};
-use sealpod_shim::vm::{Driver, Qemu, Vm, VmConfig, VmExit, choose_accelerator, find_program};
+use sealpod_shim::vm::{
+    Builtin, Driver, Qemu, Vm, VmConfig, VmExit, choose_accelerator, find_program,
+};
 
 /// How long a guest may take to say something, on a busy machine without KVM.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// `look` finds devices that came later where nothing tells of them (virtio-mmio), as the agent does.
+const LOOK: &str = "look() { for d in /sys/bus/platform/devices/virtio-mmio.*; do
+    [ -e $d/driver ] || echo ${d##*/} > /sys/bus/platform/drivers/virtio-mmio/bind
+    done 2>/dev/null; }";
 
 pub(crate) struct Bench {
     base: tempfile::TempDir,
@@ -22,6 +29,16 @@ fn guest_file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../target/guest")
         .join(name)
+}
+
+/// sealpod-vmm, where the environment names one (`tests/lab/tests.sh` does); else QEMU is tested.
+fn builtin() -> Option<PathBuf> {
+    std::env::var_os("SEALPOD_TEST_VMM").map(PathBuf::from)
+}
+
+/// The driver that is tested.
+pub(crate) fn driver() -> &'static dyn Driver {
+    if builtin().is_some() { &Builtin } else { &Qemu }
 }
 
 fn skip(reason: &str) -> Option<Bench> {
@@ -85,7 +102,7 @@ impl Bench {
         let init = format!(
             "#!/bin/busybox sh\nexport PATH=/bin\nbusybox mkdir -p /proc /sys /dev /mnt\n\
              busybox mount -t proc p /proc; busybox --install -s /bin\n\
-             mount -t sysfs s /sys; mount -t devtmpfs d /dev\n{script}\n"
+             mount -t sysfs s /sys; mount -t devtmpfs d /dev\n{LOOK}\n{script}\n"
         );
         let busybox = std::fs::read(busybox).unwrap();
         let archive = cpio(&[
@@ -108,7 +125,7 @@ impl Bench {
     pub(crate) fn config(&self, init: &str) -> VmConfig {
         VmConfig {
             dir: self.ledger.dir().into(),
-            program: "qemu-system-x86_64".into(),
+            program: builtin().unwrap_or_else(|| "qemu-system-x86_64".into()),
             kernel: guest_file("vmlinux"),
             initramfs: self.initramfs.clone(),
             kernel_params: vec!["--".into(), init.into()],
@@ -125,7 +142,10 @@ impl Bench {
     }
 
     pub(crate) async fn start(&self, init: &str) -> Arc<dyn Vm> {
-        Qemu.start(self.config(init), &self.ledger).await.unwrap()
+        driver()
+            .start(self.config(init), &self.ledger)
+            .await
+            .unwrap()
     }
 
     /// Starts the guest of [`Bench::with_guest`].
@@ -133,7 +153,7 @@ impl Bench {
         let mut config = self.config("");
         config.kernel_params.clear();
         change(&mut config);
-        Qemu.start(config, &self.ledger).await.unwrap()
+        driver().start(config, &self.ledger).await.unwrap()
     }
 
     /// Nothing may be left once the VM is gone.

@@ -257,7 +257,7 @@ async fn when_the_shim_is_killed_everything_goes() {
     config.dir = dir;
     config.share = Some(client);
     config.cgroup = cgroup.procs_files().unwrap();
-    let vm = sealpod_shim::vm::Driver::start(&sealpod_shim::vm::Qemu, config, &ledger);
+    let vm = crate::bench::driver().start(config, &ledger);
     let vm = vm.await.unwrap();
     bench::line(&vm, "up").await;
     println!("pids={},{}", daemon.pid(), vm.pid());
