@@ -118,6 +118,7 @@ pub(super) fn boot_request(id: &str, request: SandboxRequest) -> Result<BootRequ
         netns: request.netns,
         annotations,
         spec,
+        grows: true,
     })
 }
 

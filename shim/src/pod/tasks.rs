@@ -129,27 +129,29 @@ impl Pod {
             )));
         }
         if own {
-            self.check_before_boot(&request, &spec, &role)?;
+            let grows = self.check_before_boot(&request, &spec, &role)?;
             let boot = BootRequest {
                 config,
                 netns: None,
                 annotations: spec::annotations(&spec),
                 spec: Some(spec.clone()),
+                grows,
             };
             self.boot(boot).await?;
         }
         create(self, request, spec, role != Role::Sandbox).await
     }
 
-    /// What can be refused before anything is taken.
-    fn check_before_boot(&self, request: &CreateRequest, spec: &Spec, role: &Role) -> Result<()> {
+    /// What can be refused before anything is taken. Returns whether the VM can be asked for more than it
+    /// starts with: a container that is a pod by itself says all it will have, but for the interfaces
+    /// that hooks bring.
+    fn check_before_boot(&self, request: &CreateRequest, spec: &Spec, role: &Role) -> Result<bool> {
         if *role == Role::Sandbox {
-            return Ok(());
+            return Ok(true);
         }
-        let translated = spec::translate(spec.clone(), &request.bundle);
-        translated
-            .map_err(|e| Error::chain(Kind::InvalidArgument, &e))
-            .map(|_| ())
+        let translated = spec::translate(spec.clone(), &request.bundle)
+            .map_err(|e| Error::chain(Kind::InvalidArgument, &e))?;
+        Ok(!translated.disks.is_empty() || spec.hooks().is_some())
     }
 
     /// Attaches the host's block device or file `path`. Returns its serial, by which the guest knows it.
