@@ -4,5 +4,6 @@
 pub mod control;
 pub mod machine;
 pub mod mmio;
+pub mod snapshot;
 pub mod virtio;
 pub mod vsock;

@@ -137,6 +137,19 @@ impl Transport {
         matches!(self.slot, Slot::Empty)
     }
 
+    /// What is plugged in.
+    pub fn device(&self) -> Option<&Attached> {
+        match &self.slot {
+            Slot::Empty => None,
+            Slot::Device { device, .. } => Some(device),
+        }
+    }
+
+    /// How many queues what is plugged in can have.
+    pub fn room(&self) -> usize {
+        self.kicks.len()
+    }
+
     /// Whether a driver has begun to use what is plugged in.
     #[must_use]
     pub fn is_driven(&self) -> bool {

@@ -14,6 +14,7 @@ mod cpu;
 mod layout;
 mod memory;
 mod mptable;
+mod saved;
 mod serial;
 mod vcpu;
 
@@ -22,12 +23,13 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use boot::Boot;
 pub use layout::{CMDLINE_MAX, DEVICES_MAX};
+pub use saved::Restore;
 
 use crate::mmio::{QUEUE_NOTIFY, Transport};
 use crate::virtio::{Device, EventLoop, Memory};
@@ -132,6 +134,15 @@ pub enum Error {
     /// The event loop could not be made.
     #[error(transparent)]
     Device(#[from] crate::virtio::Error),
+    /// It could not be written down, or what was written cannot be used.
+    #[error(transparent)]
+    Snapshot(#[from] crate::snapshot::Error),
+    /// A snapshot of another machine than the one that is to go on.
+    #[error("Snapshot does not fit: {0}")]
+    Unfit(String),
+    /// It runs, or has ended: only a paused machine can be written down.
+    #[error("VM is not paused")]
+    NotPaused,
 }
 
 impl Error {
@@ -149,9 +160,24 @@ pub struct Machine {
     vcpus: Vcpus,
     bus: Arc<Bus>,
     events: Arc<EventLoop>,
+    memory: GuestMemoryMmap,
+    kvm: Kvm,
     // Last: what runs in it is gone by then.
-    _vm: VmFd,
+    vm: VmFd,
 }
+
+/// A machine whose processors have no state yet.
+struct Parts {
+    kvm: Kvm,
+    vm: VmFd,
+    memory: GuestMemoryMmap,
+    events: Arc<EventLoop>,
+    bus: Arc<Bus>,
+    cpus: Vec<VcpuFd>,
+}
+
+/// A slot to be: room for so many queues, and what is in it from the start.
+type SlotPlan = (usize, Option<Arc<Mutex<dyn Device>>>);
 
 impl Machine {
     /// Builds a machine, paused, with its kernel loaded. `ended` is called once when it ends, in a
@@ -164,57 +190,23 @@ impl Machine {
         ended: impl FnOnce(End) + Send + 'static,
     ) -> Result<Self, Error> {
         check(&config)?;
-        let kvm = Kvm::new().map_err(Error::kvm("to open /dev/kvm"))?;
-        let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
         let guest = memory::create(config.memory_mib << 20, config.shared_memory)?;
-        give_memory(&vm, &guest)?;
-        vm.set_tss_address(layout::KVM_TSS)
-            .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
-        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.create_irq_chip()
-            .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
-
-        let memory = Memory::new(guest.clone());
-        let events = Arc::new(EventLoop::new()?);
-        let bus = Arc::new(build_bus(&vm, &memory, &events, &mut config)?);
-        let cmdline = cmdline(&config.boot.cmdline, bus.slots.len());
-        let entry = boot::load(&guest, &mut config.boot, &cmdline, config.vcpus)?;
-
-        let supported = cpu::supported(&kvm)?;
-        let mut cpus = Vec::new();
-        for id in 0..config.vcpus {
-            let vcpu = vm
-                .create_vcpu(id.into())
-                .map_err(Error::kvm("KVM_CREATE_VCPU"))?;
-            cpu::set_up(&vcpu, &supported, id, config.vcpus)?;
-            cpus.push(vcpu);
+        let devices = std::mem::take(&mut config.devices).into_iter();
+        let devices = devices.map(|device| {
+            let queues = lock_device(&device).queue_sizes().len();
+            (queues, Some(device))
+        });
+        let spares = (0..config.spare_slots).map(|_| (LATER_QUEUES, None));
+        let slots = devices.chain(spares).collect();
+        let parts = Parts::new(guest, config.vcpus, config.console, None, slots)?;
+        let cmdline = cmdline(&config.boot.cmdline, parts.bus.slots.len());
+        let entry = boot::load(&parts.memory, &mut config.boot, &cmdline, config.vcpus)?;
+        let supported = cpu::supported(&parts.kvm)?;
+        for (id, vcpu) in (0..).zip(&parts.cpus) {
+            cpu::set_up(vcpu, &supported, id, config.vcpus)?;
         }
-        cpu::enter_pvh(&cpus[0], entry)?;
-
-        let last_words = Arc::clone(&bus);
-        let ended = move |end| {
-            last_words.flush_console();
-            ended(end);
-        };
-        let vcpus = Vcpus::start(cpus, &bus, ended)?;
-        let serving = Arc::clone(&events);
-        let serve = move || {
-            if let Err(e) = serving.run() {
-                tracing::error!("The VM's devices stop: {e}");
-            }
-        };
-        thread::Builder::new()
-            .name("devices".into())
-            .stack_size(STACK)
-            .spawn(serve)
-            .map_err(Error::io("start the devices' thread"))?;
-        Ok(Self {
-            vcpus,
-            bus,
-            events,
-            _vm: vm,
-        })
+        cpu::enter_pvh(&parts.cpus[0], entry)?;
+        parts.start(ended)
     }
 
     /// Lets the processors run. Idempotent.
@@ -273,6 +265,74 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+impl Parts {
+    fn new(
+        memory: GuestMemoryMmap,
+        vcpus: u32,
+        console: File,
+        uart: Option<&vm_superio::serial::SerialState>,
+        slots: Vec<SlotPlan>,
+    ) -> Result<Self, Error> {
+        let kvm = Kvm::new().map_err(Error::kvm("to open /dev/kvm"))?;
+        let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+        give_memory(&vm, &memory)?;
+        vm.set_tss_address(layout::KVM_TSS)
+            .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.create_irq_chip()
+            .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
+        let events = Arc::new(EventLoop::new()?);
+        let irq = serial::Line(irqfd(&vm, layout::SERIAL_IRQ)?);
+        let console = serial::console(irq, serial::Sink::new(console), uart)
+            .map_err(Error::io("restore the console"))?;
+        let shared = Memory::new(memory.clone());
+        let bus = Arc::new(build_bus(&vm, &shared, &events, console, slots)?);
+        let vcpu = |id: u32| {
+            vm.create_vcpu(id.into())
+                .map_err(Error::kvm("KVM_CREATE_VCPU"))
+        };
+        let cpus = (0..vcpus).map(vcpu).collect::<Result<_, _>>()?;
+        Ok(Self {
+            kvm,
+            vm,
+            memory,
+            events,
+            bus,
+            cpus,
+        })
+    }
+
+    /// Starts the threads, paused.
+    fn start(self, ended: impl FnOnce(End) + Send + 'static) -> Result<Machine, Error> {
+        let last_words = Arc::clone(&self.bus);
+        let ended = move |end| {
+            last_words.flush_console();
+            ended(end);
+        };
+        let vcpus = Vcpus::start(self.cpus, &self.bus, ended)?;
+        let serving = Arc::clone(&self.events);
+        let serve = move || {
+            if let Err(e) = serving.run() {
+                tracing::error!("The VM's devices stop: {e}");
+            }
+        };
+        thread::Builder::new()
+            .name("devices".into())
+            .stack_size(STACK)
+            .spawn(serve)
+            .map_err(Error::io("start the devices' thread"))?;
+        Ok(Machine {
+            vcpus,
+            bus: self.bus,
+            events: self.events,
+            memory: self.memory,
+            kvm: self.kvm,
+            vm: self.vm,
+        })
     }
 }
 
@@ -345,19 +405,11 @@ fn build_bus(
     vm: &VmFd,
     memory: &Memory,
     events: &EventLoop,
-    config: &mut Config,
+    console: serial::Console,
+    plans: Vec<SlotPlan>,
 ) -> Result<Bus, Error> {
-    let console = config
-        .console
-        .try_clone()
-        .map_err(Error::io("use the console"))?;
-    let irq = serial::Line(irqfd(vm, layout::SERIAL_IRQ)?);
-    let console = serial::Console::new(irq, serial::Sink::new(console));
-    let devices = std::mem::take(&mut config.devices);
-    let spares = (0..config.spare_slots).map(|_| None);
     let mut slots = Vec::new();
-    for (index, device) in devices.into_iter().map(Some).chain(spares).enumerate() {
-        let queues = (device.as_ref()).map_or(LATER_QUEUES, |d| lock_device(d).queue_sizes().len());
+    for (index, (queues, device)) in plans.into_iter().enumerate() {
         let mut kicks = Vec::new();
         for queue in 0..queues {
             let kick = eventfd()?;

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -65,6 +65,15 @@ impl Sink {
 
 /// The console's UART.
 pub(super) type Console = Serial<Line, NoEvents, Sink>;
+
+/// A console as after a reset, or as another one was.
+pub(super) fn console(line: Line, sink: Sink, was: Option<&SerialState>) -> io::Result<Console> {
+    match was {
+        None => Ok(Serial::new(line, sink)),
+        Some(state) => Serial::from_state(state, line, NoEvents, sink)
+            .map_err(|e| io::Error::other(e.to_string())),
+    }
+}
 
 #[cfg(test)]
 mod tests {

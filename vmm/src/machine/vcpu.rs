@@ -45,7 +45,15 @@ struct State {
     wanted: Wanted,
     /// Threads that are in the guest or about to be.
     running: usize,
+    /// Threads that have not ended.
+    alive: usize,
+    /// What each paused thread does once with its processor: the how manieth, and what.
+    job: Option<(u64, Job)>,
+    /// Threads that have not done it yet.
+    left: usize,
 }
+
+type Job = Arc<dyn Fn(usize, &VcpuFd) + Send + Sync>;
 
 /// All processors of a VM.
 pub(super) struct Vcpus {
@@ -65,6 +73,9 @@ impl Vcpus {
             state: Mutex::new(State {
                 wanted: Wanted::Pause,
                 running: cpus.len(),
+                alive: cpus.len(),
+                job: None,
+                left: 0,
             }),
             changed: Condvar::new(),
         });
@@ -74,7 +85,7 @@ impl Vcpus {
             let gate = Arc::clone(&gate);
             let (bus, ended) = (Arc::clone(bus), Arc::clone(&ended));
             let body = move || {
-                let end = gate.serve(&mut cpu, &bus);
+                let end = gate.serve(id, &mut cpu, &bus);
                 gate.leave();
                 if let Some(end) = end
                     && let Some(tell) = lock(&ended).take()
@@ -112,6 +123,34 @@ impl Vcpus {
         self.ask(Wanted::Stop);
     }
 
+    /// Has each paused processor's thread call `job` once; returns the results in the processors'
+    /// order. `None`: they are not paused, or one of them has ended.
+    pub(super) fn each<T: Send + 'static>(
+        &self,
+        job: impl Fn(&VcpuFd) -> T + Send + Sync + 'static,
+    ) -> Option<Vec<T>> {
+        let empty = self
+            .threads
+            .iter()
+            .map(|_| None)
+            .collect::<Vec<Option<T>>>();
+        let results = Arc::new(Mutex::new(empty));
+        let into = Arc::clone(&results);
+        let job: Job = Arc::new(move |id, cpu| lock(&into)[id] = Some(job(cpu)));
+        let mut state = lock(&self.gate.state);
+        if state.wanted != Wanted::Pause || state.alive != self.threads.len() {
+            return None;
+        }
+        let number = state.job.as_ref().map_or(1, |(number, _)| number + 1);
+        (state.job, state.left) = (Some((number, job)), state.alive);
+        self.gate.changed.notify_all();
+        while state.left > 0 && state.wanted == Wanted::Pause {
+            state = (self.gate.changed.wait(state)).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        std::mem::take(&mut *lock(&results)).into_iter().collect()
+    }
+
     fn ask(&self, wanted: Wanted) {
         let mut state = lock(&self.gate.state);
         if state.wanted != Wanted::Stop {
@@ -146,9 +185,10 @@ fn handle_kicks() -> std::io::Result<()> {
 
 impl Gate {
     /// Runs a processor until it ends (then how) or is to stop.
-    fn serve(&self, cpu: &mut VcpuFd, bus: &Bus) -> Option<End> {
+    fn serve(&self, id: usize, cpu: &mut VcpuFd, bus: &Bus) -> Option<End> {
+        let mut done = 0;
         loop {
-            if !self.enter() {
+            if !self.enter(id, cpu, &mut done) {
                 return None;
             }
             let ended = self.run(cpu, bus);
@@ -195,14 +235,26 @@ impl Gate {
         }
     }
 
-    /// Waits while the processors are paused; returns whether to run.
-    fn enter(&self) -> bool {
+    /// Waits while the processors are paused; returns whether to run. `done` is the last job.
+    fn enter(&self, id: usize, cpu: &VcpuFd, done: &mut u64) -> bool {
         let mut state = lock(&self.state);
         if state.wanted != Wanted::Run {
             state.running -= 1;
             self.changed.notify_all();
             while state.wanted == Wanted::Pause {
-                state = (self.changed.wait(state)).unwrap_or_else(PoisonError::into_inner);
+                match state.job.clone() {
+                    Some((number, job)) if number > *done => {
+                        *done = number;
+                        drop(state);
+                        job(id, cpu);
+                        state = lock(&self.state);
+                        state.left = state.left.saturating_sub(1);
+                        self.changed.notify_all();
+                    }
+                    _ => {
+                        state = (self.changed.wait(state)).unwrap_or_else(PoisonError::into_inner);
+                    }
+                }
             }
             state.running += 1;
         }
@@ -210,7 +262,9 @@ impl Gate {
     }
 
     fn leave(&self) {
-        lock(&self.state).running -= 1;
+        let mut state = lock(&self.state);
+        state.running -= 1;
+        state.alive -= 1;
         self.changed.notify_all();
     }
 }
