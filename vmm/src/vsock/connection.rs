@@ -11,9 +11,9 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
 
+use super::credit::Credit;
 use super::packet::{
     Header, MAX_PAYLOAD, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
@@ -73,22 +73,15 @@ pub(super) struct Connection {
     /// The packet that opens the connection, until it is sent.
     opening: Option<Op>,
 
-    // Guest to host: what the guest may send before it hears from us again.
-    window: u32,
-    received: Wrapping<u32>,
-    forwarded: Wrapping<u32>,
-    /// `forwarded` as the guest last heard it.
-    forwarded_told: Wrapping<u32>,
-    credit_due: bool,
-    /// Received, not yet taken by the socket. At most `window` bytes.
+    credit: Credit,
+
+    // Guest to host.
+    /// Received, not yet taken by the socket. At most the window's bytes.
     backlog: Vec<u8>,
     /// Directions that the guest has ended.
     guest_ended: u32,
 
     // Host to guest.
-    guest_window: u32,
-    guest_forwarded: Wrapping<u32>,
-    sent: Wrapping<u32>,
     /// The socket may have something to read.
     readable: bool,
     /// The client has closed its socket, not only one direction of it.
@@ -110,16 +103,9 @@ impl Connection {
             watches_writable: false,
             stream: Some(stream),
             opening: None,
-            window: 0,
-            received: Wrapping(0),
-            forwarded: Wrapping(0),
-            forwarded_told: Wrapping(0),
-            credit_due: false,
+            credit: Credit::default(),
             backlog: Vec::new(),
             guest_ended: 0,
-            guest_window: 0,
-            guest_forwarded: Wrapping(0),
-            sent: Wrapping(0),
             readable: true,
             hung_up: false,
             host_ended: 0,
@@ -139,9 +125,8 @@ impl Connection {
             state: State::Established,
             origin: Origin::Guest,
             key,
-            window,
             opening: Some(Op::Response),
-            guest_window: request.buf_alloc,
+            credit: Credit::new(window, request.buf_alloc),
             ..Self::greeting(stream, serial)
         }
     }
@@ -150,7 +135,7 @@ impl Connection {
     pub(super) fn request(&mut self, key: Key, window: u32) {
         self.state = State::Requested;
         self.key = key;
-        self.window = window;
+        self.credit = Credit::new(window, 0);
         self.opening = Some(Op::Request);
         self.readable = true;
     }
@@ -161,7 +146,7 @@ impl Connection {
 
     /// Bytes that are promised to this connection.
     pub(super) fn window(&self) -> u32 {
-        self.window
+        self.credit.window()
     }
 
     pub(super) fn backlog(&self) -> usize {
@@ -180,9 +165,9 @@ impl Connection {
             State::Requested => self.opening.is_some(),
             State::Established => {
                 self.opening.is_some()
-                    || self.credit_due
+                    || self.credit.is_due()
                     || self.host_ended & !self.host_ended_told != 0
-                    || (self.may_read() && self.credit() > 0)
+                    || (self.may_read() && self.credit.room() > 0)
             }
             State::Greeting | State::Lingering | State::Draining => false,
         }
@@ -190,14 +175,7 @@ impl Connection {
 
     /// Takes note of the credit that a packet of the guest grants.
     pub(super) fn note_credit(&mut self, header: &Header) -> Result<(), Violation> {
-        let in_flight = self.sent - Wrapping(header.fwd_cnt);
-        let was_in_flight = self.sent - self.guest_forwarded;
-        if in_flight > was_in_flight {
-            return Err(Violation::Acknowledged);
-        }
-        self.guest_forwarded = Wrapping(header.fwd_cnt);
-        self.guest_window = header.buf_alloc;
-        Ok(())
+        self.credit.note(header)
     }
 
     /// The guest has granted the connection: the client is told.
@@ -226,11 +204,7 @@ impl Connection {
         if self.guest_ended & SHUTDOWN_SEND != 0 {
             return Err(Violation::AfterShutdown);
         }
-        let length = u32::try_from(payload.len()).map_err(|_| Violation::Length)?;
-        if length > self.window - (self.received - self.forwarded).0 {
-            return Err(Violation::Credit);
-        }
-        self.received += length;
+        self.credit.receive(payload.len())?;
         let mut done = 0;
         if self.host_ended & SHUTDOWN_RECEIVE == 0 && self.backlog.is_empty() {
             match self
@@ -248,7 +222,7 @@ impl Connection {
         }
         self.make_room(payload.len() - done);
         payload.append_to(done, &mut self.backlog);
-        self.forward(done);
+        self.credit.forward(done);
         Ok(())
     }
 
@@ -269,7 +243,7 @@ impl Connection {
                 }
             }
         }
-        self.forward(done);
+        self.credit.forward(done);
         if done < self.backlog.len() {
             self.backlog.drain(..done);
             return false;
@@ -328,12 +302,12 @@ impl Connection {
         }
         let lost = self.backlog.len();
         self.backlog = Vec::new();
-        self.forward(lost);
+        self.credit.forward(lost);
     }
 
     /// Asks for a packet that tells the guest where its credit stands.
     pub(super) fn owe_credit(&mut self) {
-        self.credit_due = true;
+        self.credit.owe();
     }
 
     /// Makes the next packet for the guest, with its payload in `space`. CIDs are left to the
@@ -349,7 +323,7 @@ impl Connection {
             return Some(header);
         }
         if let Some(length) = self.read_into(space) {
-            self.sent += length;
+            self.credit.send(length);
             let header = self.header(Op::Rw);
             return Some(Header {
                 len: length,
@@ -359,7 +333,7 @@ impl Connection {
         if let Some(header) = self.next_shutdown() {
             return Some(header);
         }
-        self.credit_due.then(|| self.header(Op::CreditUpdate))
+        (self.credit.is_due()).then(|| self.header(Op::CreditUpdate))
     }
 
     /// Closes the socket, if it is still open, so that its client gets everything that was sent.
@@ -386,7 +360,9 @@ impl Connection {
 
     /// Reads from the socket into `space` within the guest's credit. `None`: nothing to be had.
     fn read_into(&mut self, space: &Buffers<'_>) -> Option<u32> {
-        let room = self.credit().min(MAX_PAYLOAD).min(space.len() as u32);
+        let room = (self.credit.room())
+            .min(MAX_PAYLOAD)
+            .min(space.len() as u32);
         if !self.may_read() || room == 0 {
             return None;
         }
@@ -407,26 +383,11 @@ impl Connection {
             && self.guest_ended & SHUTDOWN_RECEIVE == 0
     }
 
-    /// Bytes the guest will take. A guest that shrinks its window below what is under way has none.
-    fn credit(&self) -> u32 {
-        let in_flight = (self.sent - self.guest_forwarded).0;
-        self.guest_window.saturating_sub(in_flight)
-    }
-
-    /// `count` bytes have left our hands; the guest is told when they make half a window.
-    fn forward(&mut self, count: usize) {
-        self.forwarded += count as u32; // at most `window`
-        let untold = (self.forwarded - self.forwarded_told).0;
-        if untold > 0 && untold >= self.window / 2 {
-            self.credit_due = true;
-        }
-    }
-
     /// Doubles the backlog's memory, but never beyond the window.
     fn make_room(&mut self, more: usize) {
         let need = self.backlog.len() + more;
         if need > self.backlog.capacity() {
-            let double = (2 * self.backlog.capacity()).min(self.window as usize);
+            let double = (2 * self.backlog.capacity()).min(self.window() as usize);
             (self.backlog).reserve_exact(need.max(double) - self.backlog.len());
         }
     }
@@ -438,15 +399,14 @@ impl Connection {
     }
 
     fn header(&mut self, op: Op) -> Header {
-        self.forwarded_told = self.forwarded;
-        self.credit_due = false;
+        let (buf_alloc, fwd_cnt) = self.credit.tell();
         Header {
             src_port: self.key.host_port,
             dst_port: self.key.guest_port,
             type_: TYPE_STREAM,
             op: op as u16,
-            buf_alloc: self.window,
-            fwd_cnt: self.forwarded.0,
+            buf_alloc,
+            fwd_cnt,
             ..Header::default()
         }
     }

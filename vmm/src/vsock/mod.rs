@@ -9,6 +9,7 @@
 //! A VMM in process owns an [`Engine`] and calls [`queues::service`] itself.
 
 mod connection;
+mod credit;
 mod engine;
 mod error;
 mod hybrid;
