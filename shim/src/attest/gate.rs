@@ -378,7 +378,7 @@ impl Gate {
     }
 
     /// Renews the lease. Returns when to come again; `None` when there is nothing to renew any more.
-    async fn renew(&mut self) -> Option<Duration> {
+    pub(super) async fn renew(&mut self) -> Option<Duration> {
         if self.lost.is_some() || self.released.is_empty() {
             return None;
         }
@@ -483,25 +483,5 @@ async fn renew(pod: Weak<Pod>, first: Duration) {
             Ok(Some(next)) => pause = next,
             _ => return,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_verifier_that_cannot_be_asked_is_asked_again() {
-        assert!(unreachable(&AttestError::Verifier(VerifierError::Remote(
-            "down".into()
-        ))));
-        assert!(!unreachable(&AttestError::Verifier(
-            VerifierError::Refused(sealpod_attestation::appraise::Refusal {
-                check: "debug".into(),
-                expected: "off".into(),
-                found: "on".into(),
-            })
-        )));
-        assert!(!unreachable(&AttestError::Guest("gone".into())));
     }
 }

@@ -18,7 +18,11 @@ pub mod simulator;
 mod verifier;
 pub mod wanted;
 
+#[cfg(test)]
+mod fake;
 mod gate;
+#[cfg(test)]
+mod tests;
 
 pub use gate::{Gate, Settings};
 pub use verifier::SetupError;

@@ -241,61 +241,7 @@ impl Release for VfioAttach {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::{Accelerator, Disk, Mark, Nic, VmExit};
-    use std::sync::Mutex;
-
-    /// A VM that notes what it is given.
-    #[derive(Default)]
-    struct Fake {
-        passed: Mutex<Vec<String>>,
-        refuses: bool,
-    }
-
-    #[async_trait]
-    impl Vm for Fake {
-        fn pid(&self) -> u32 {
-            0
-        }
-        fn accelerator(&self) -> Accelerator {
-            Accelerator::Tcg
-        }
-        fn marks(&self) -> Vec<Mark> {
-            Vec::new()
-        }
-        fn console_tail(&self) -> Vec<String> {
-            Vec::new()
-        }
-        async fn pause(&self) -> Result<(), VmError> {
-            Ok(())
-        }
-        async fn resume(&self) -> Result<(), VmError> {
-            Ok(())
-        }
-        async fn add_disk(&self, _: Disk) -> Result<(), VmError> {
-            Err(VmError::Ended)
-        }
-        async fn remove_disk(&self, _: &str) -> Result<(), VmError> {
-            Err(VmError::Ended)
-        }
-        async fn add_nic(&self, _: Nic) -> Result<(), VmError> {
-            Err(VmError::Ended)
-        }
-        async fn pass(&self, device: Passed) -> Result<(), VmError> {
-            if self.refuses {
-                return Err(VmError::NoPort { ports: 0 });
-            }
-            self.passed.lock().unwrap().push(device.id().into());
-            Ok(())
-        }
-        async fn take_back(&self, id: &str) -> Result<(), VmError> {
-            self.passed.lock().unwrap().retain(|other| other != id);
-            Ok(())
-        }
-        async fn wait(&self) -> VmExit {
-            std::future::pending().await
-        }
-        async fn stop(&self) {}
-    }
+    use crate::attest::fake::Fake;
 
     #[tokio::test]
     async fn a_stand_in_is_one_pods_at_a_time() {
@@ -312,10 +258,10 @@ mod tests {
         first.attach(&vm).await.unwrap();
         let e = second.attach(&other).await.unwrap_err();
         assert!(matches!(e, ReleaseError::Busy(_)), "{e}");
-        assert!(other.passed.lock().unwrap().is_empty());
+        assert!(other.passed().is_empty());
         first.detach(Some(&vm)).await.unwrap();
         first.detach(Some(&vm)).await.unwrap();
-        assert!(vm.passed.lock().unwrap().is_empty());
+        assert!(vm.passed().is_empty());
         second.attach(&other).await.unwrap();
     }
 
@@ -340,7 +286,7 @@ mod tests {
         let of = |file: &str| read(&format!("devices/0000:65:00.0/{file}"));
         let (mut device, vm) = (function(root), Fake::default());
         device.attach(&vm).await.unwrap();
-        assert_eq!(*vm.passed.lock().unwrap(), ["0000-65-00-0"]);
+        assert_eq!(vm.passed(), ["0000-65-00-0"]);
         assert_eq!(of("driver_override"), "vfio-pci\n");
         assert_eq!(of("driver/unbind"), "0000:65:00.0");
         assert_eq!(
@@ -349,7 +295,7 @@ mod tests {
         );
         fs::write(root.join("bus/pci/devices/0000:65:00.0/reset"), "").unwrap();
         device.detach(Some(&vm)).await.unwrap();
-        assert!(vm.passed.lock().unwrap().is_empty());
+        assert!(vm.passed().is_empty());
         assert_eq!(
             (of("reset").as_str(), of("driver_override").as_str()),
             ("1", "\n")
@@ -360,10 +306,7 @@ mod tests {
     async fn a_function_that_the_vm_refuses_goes_back_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let mut device = function(dir.path());
-        let vm = Fake {
-            refuses: true,
-            ..Fake::default()
-        };
+        let vm = Fake::that_refuses();
         assert!(device.attach(&vm).await.is_err());
         let left = device.function.join("driver_override");
         assert_eq!(fs::read_to_string(left).unwrap(), "\n");

@@ -88,4 +88,14 @@ impl Pod {
             }
         }
     }
+
+    /// Makes the pod one whose VM and agent are these.
+    #[cfg(test)]
+    pub(crate) async fn pretend(&self, guest: crate::guest::Guest, vm: Arc<dyn Vm>) {
+        lock(&self.view).guest = Some(guest);
+        let set = self
+            .machine
+            .call(|m| Box::pin(async move { m.pretend(vm) }));
+        set.await.expect("machine");
+    }
 }

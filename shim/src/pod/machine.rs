@@ -88,6 +88,11 @@ impl Machine {
         self.taken.vm.as_ref().ok_or_else(gone)
     }
 
+    #[cfg(test)]
+    pub(super) fn pretend(&mut self, vm: Arc<dyn Vm>) {
+        self.taken.vm = Some(vm);
+    }
+
     /// Boots the VM and watches over it.
     pub(super) async fn boot(&mut self, pod: &Arc<Pod>, request: BootRequest) -> Result<()> {
         if self.phase != Phase::Empty {

@@ -1,0 +1,437 @@
+//! The host gate alone: the real gate, verifier and simulator, with an agent that skips its own gate and
+//! lies as each case says. Whatever it says, no device may reach its VM.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use async_trait::async_trait;
+use sealpod_attestation::{
+    Timestamp,
+    binding::{EphemeralKey, Nonce, gpu_nonce, key_digest, report_data},
+    encoding::hex,
+    evidence::{Bundle, GpuEvidence, Tee, gpu_digest},
+    init_data,
+    simulate::{ANCHORS_FILE, Ca, GpuClaims},
+};
+use sealpod_protocol::{
+    PROTOCOL_VERSION, SIMULATOR_PORT, agent, agent_ttrpc,
+    simulator::{self, Ask, Request},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+};
+use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
+
+use super::{Gate, Settings, fake::Fake, launch::Launch, verifier::unix_now, wanted::Wanted};
+use crate::{
+    config::{self, Device, OnLoss},
+    guest::Guest,
+    pod::Pod,
+    vm::VSOCK_FILE,
+};
+
+const INIT_KEY: [u8; 48] = [7; 48];
+
+/// How the agent lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lie {
+    None,
+    /// Evidence over a nonce of before.
+    StaleNonce,
+    /// The whole answer of before.
+    Replay,
+    /// Evidence of another pod.
+    OtherPod,
+    /// A key that the evidence does not bind.
+    OtherKey,
+    /// Init-data that the evidence does not bind.
+    OtherInitData,
+    /// No evidence at all.
+    Garbage,
+    /// Evidence of no device where one was asked for.
+    NoDevice,
+}
+
+struct LyingAgent {
+    socket: PathBuf,
+    key: EphemeralKey,
+    uid: String,
+    init_data: Vec<u8>,
+    /// From the second question on where the first was told the truth.
+    lie: Arc<Mutex<(Lie, bool)>>,
+    before: Mutex<Option<(Nonce, Vec<u8>)>>,
+}
+
+impl LyingAgent {
+    async fn ask(&self, key: &[u8], ask: Ask) -> (Vec<u8>, Vec<u8>) {
+        let mut stream = UnixStream::connect(&self.socket).await.expect("simulator");
+        let key = key.try_into().expect("key");
+        let request = Request { key, ask }.encode();
+        stream.write_all(&request).await.expect("request");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.expect("answer");
+        simulator::blobs(&answer).expect("two blobs")
+    }
+
+    /// As agent/src/attest does it, but for the lie.
+    async fn evidence(&self, request: &agent::AttestRequest, lie: Lie) -> Vec<u8> {
+        let asked = Nonce(request.nonce.as_slice().try_into().expect("nonce"));
+        let before = self.before.lock().expect("lock").clone();
+        let nonce = match (&before, lie) {
+            (Some((old, _)), Lie::StaleNonce) => *old,
+            (Some((_, answer)), Lie::Replay) => return answer.clone(),
+            _ => asked,
+        };
+        let public = self.key.public();
+        let digest = key_digest(&public);
+        let mut gpus = Vec::new();
+        for id in request.devices.iter().filter(|_| lie != Lie::NoDevice) {
+            let ask = Ask::Gpu {
+                nonce: gpu_nonce(&nonce, &digest),
+                device: id.clone(),
+            };
+            let (report, certificates) = self.ask(&request.simulator_key, ask).await;
+            gpus.push(GpuEvidence {
+                device_id: id.clone(),
+                report,
+                certificates,
+            });
+        }
+        let uid = if lie == Lie::OtherPod {
+            "another"
+        } else {
+            &self.uid
+        };
+        let init = init_data::digest(&self.init_data);
+        let data = report_data(&nonce, &digest, &gpu_digest(&gpus), &init, uid);
+        let (report, endorsements) = self.ask(&request.simulator_key, Ask::Report(data)).await;
+        let other = EphemeralKey::from_random(&INIT_KEY).expect("key").public();
+        let bundle = Bundle {
+            tee: Tee::Snp,
+            report,
+            endorsements,
+            event_log: Vec::new(),
+            gpus,
+            key: if lie == Lie::OtherKey { other } else { public },
+            init_data: match lie {
+                Lie::OtherInitData => {
+                    b"version = \"0.1.0\"\nalgorithm = \"sha384\"\n[data]\n".to_vec()
+                }
+                _ => self.init_data.clone(),
+            },
+        };
+        let json = bundle.to_json().expect("bundle");
+        *self.before.lock().expect("lock") = Some((asked, json.clone()));
+        json
+    }
+}
+
+#[async_trait]
+impl agent_ttrpc::Agent for LyingAgent {
+    async fn hello(
+        &self,
+        _: &TtrpcContext,
+        _: agent::HelloRequest,
+    ) -> ttrpc::Result<agent::HelloResponse> {
+        Ok(agent::HelloResponse {
+            protocol_version: PROTOCOL_VERSION,
+            ..Default::default()
+        })
+    }
+
+    async fn attest(
+        &self,
+        _: &TtrpcContext,
+        request: agent::AttestRequest,
+    ) -> ttrpc::Result<agent::AttestResponse> {
+        let lie = {
+            let mut state = self.lie.lock().expect("lock");
+            let now = if state.1 { Lie::None } else { state.0 };
+            state.1 = false;
+            now
+        };
+        let bundle = match lie {
+            Lie::Garbage => b"{\"tee\":\"snp\"}".to_vec(),
+            lie => self.evidence(&request, lie).await,
+        };
+        Ok(agent::AttestResponse {
+            bundle,
+            ..Default::default()
+        })
+    }
+
+    /// Skips its gate.
+    async fn admit_devices(
+        &self,
+        _: &TtrpcContext,
+        _: agent::AdmitDevicesRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        Ok(agent::Empty::new())
+    }
+}
+
+/// A node with a simulator, one stand-in, and a pod on it.
+struct Bench {
+    dir: tempfile::TempDir,
+    config: config::Config,
+    launch: Launch,
+    lie: Arc<Mutex<(Lie, bool)>>,
+}
+
+fn now() -> Timestamp {
+    Timestamp(i64::try_from(unix_now()).expect("time"))
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("folder");
+        let at = |name: &str| dir.path().join(name);
+        let ca = Ca::create(&at("ca"), now()).expect("authority");
+        let minted = ca
+            .mint_gpu(&GpuClaims::default(), None)
+            .expect("collateral");
+        fs::create_dir(at("collateral")).expect("folder");
+        for (name, content) in minted.collateral {
+            fs::write(at("collateral").join(name), content).expect("file");
+        }
+        for name in ["kernel", "initramfs", "content"] {
+            fs::write(at(name), name).expect("file");
+        }
+        let launch = Launch {
+            kernel: at("kernel"),
+            initramfs: at("initramfs"),
+            cmdline: "quiet".into(),
+            vcpus: 1,
+        };
+        let mut bench = Self {
+            config: config::Config::default(),
+            lie: Arc::new(Mutex::new((Lie::None, false))),
+            launch,
+            dir,
+        };
+        bench.expect_measurement(&hex(&bench.launch.measurement().expect("measurement")));
+        let a = &mut bench.config.attestation;
+        a.state_dir = bench.dir.path().join("state");
+        a.simulator = bench.dir.path().join("ca");
+        a.anchors = bench.dir.path().join("ca").join(ANCHORS_FILE);
+        a.collateral = bench.dir.path().join("collateral");
+        let policy = config::Policy {
+            reference_values: bench.dir.path().join("refs.json"),
+            ..config::Policy::default()
+        };
+        a.policies.insert("default".into(), policy);
+        bench
+    }
+
+    fn expect_measurement(&self, measurement: &str) {
+        let limits = r#"{"minimum_tcb":{"snp":8}}"#;
+        let text = format!(r#"{{"snp":{{"measurement":["{measurement}"],"limits":{limits}}}}}"#);
+        fs::write(self.dir.path().join("refs.json"), text).expect("file");
+    }
+
+    fn wanted(&self) -> Vec<Wanted> {
+        let path = self.dir.path().join("content");
+        vec![Wanted {
+            id: "gpu0".into(),
+            path: "/dev/gpu0".into(),
+            device: Device::StandIn { path },
+        }]
+    }
+
+    /// A pod with its gate, its VM, and an agent that lies.
+    async fn pod(&self) -> (Arc<Pod>, Gate, Arc<Fake>) {
+        let pod = Pod::for_test();
+        let folder = tempfile::tempdir_in(self.dir.path())
+            .expect("folder")
+            .keep();
+        let settings = Settings::new(
+            &self.config,
+            Some("default"),
+            None,
+            (
+                "test",
+                &folder.file_name().unwrap_or_default().to_string_lossy(),
+                Some("uid-1"),
+            ),
+            &folder,
+            self.launch.clone(),
+        );
+        let settings = Arc::new(settings.expect("settings"));
+        let agent = LyingAgent {
+            socket: folder.join(format!("{VSOCK_FILE}_{SIMULATOR_PORT}")),
+            key: EphemeralKey::from_random(&[3; 48]).expect("key"),
+            uid: settings.pod_uid.clone(),
+            init_data: settings.init_data.clone(),
+            lie: Arc::clone(&self.lie),
+            before: Mutex::default(),
+        };
+        let guest = connect(&folder, agent).await;
+        let vm = Arc::new(Fake::default());
+        pod.pretend(guest, Arc::clone(&vm) as _).await;
+        let gate = Gate::closed(settings, &pod);
+        (pod, gate, vm)
+    }
+
+    /// What the gate says to a pod whose agent lies at once, or after it told the truth once.
+    async fn refusal(&self, lie: Lie, later: bool) -> String {
+        *self.lie.lock().expect("lock") = (lie, later);
+        let (_pod, mut gate, vm) = self.pod().await;
+        let e = gate.admit(self.wanted()).await.expect_err("withheld");
+        assert!(vm.passed().is_empty(), "{lie:?}");
+        assert_eq!(vm.ever().is_empty(), !later, "{lie:?}");
+        crate::error::chain(&e)
+    }
+
+    /// Lines of all audit logs.
+    fn audit(&self) -> String {
+        let logs = fs::read_dir(self.config.attestation.state_dir.join("audit")).expect("folder");
+        let logs = logs.flatten().map(|e| e.path());
+        logs.filter(|p| p.extension().is_some_and(|e| e == "jsonl"))
+            .map(|p| fs::read_to_string(p).expect("log"))
+            .collect()
+    }
+}
+
+async fn connect(folder: &Path, agent: LyingAgent) -> Guest {
+    let path = folder.join("agent");
+    let listener = UnixListener::bind(&path).expect("listener");
+    let dialled = UnixStream::connect(&path).await.expect("dialled");
+    tokio::spawn(async move {
+        let once = futures_util::stream::iter([Ok::<_, std::io::Error>(dialled)]);
+        let mut server = Server::new()
+            .register_service(agent_ttrpc::create_agent(Arc::new(agent)))
+            .add_listener(Listener::new(once));
+        server.start().await.expect("server");
+        std::future::pending::<()>().await;
+    });
+    let accepted = Guest::accept(&listener, &folder.join("v")).await;
+    accepted.expect("guest").0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_skips_its_gate_gets_no_device_by_any_lie() {
+    let bench = Bench::new();
+    for (lie, later, check) in [
+        (Lie::StaleNonce, true, "report-data"),
+        (Lie::Replay, true, "report-data"),
+        (Lie::OtherPod, false, "report-data"),
+        (Lie::OtherPod, true, "report-data"),
+        (Lie::OtherKey, false, "report-data"),
+        (Lie::OtherInitData, false, "report-data"),
+        (Lie::Garbage, false, "no evidence"),
+        (Lie::NoDevice, true, "does not affirm gpu0"),
+    ] {
+        let said = bench.refusal(lie, later).await;
+        assert!(said.contains(check), "{lie:?}: {said}");
+    }
+    let audit = bench.audit();
+    assert_eq!(audit.matches("\"event\":\"gate\"").count(), 8, "{audit}");
+    assert_eq!(audit.matches("\"verdict\":\"withheld\"").count(), 8);
+    assert!(!audit.contains("released"), "{audit}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn evidence_with_a_defect_opens_nothing_and_names_the_check() {
+    let mut bench = Bench::new();
+    for (defect, check) in [
+        ("debug", "policy-debug"),
+        ("tampered", "report-signature"),
+        ("wrong-key", "report-signature"),
+        ("unknown-root", "vek-chain"),
+        ("expired-certificate", "vek-chain"),
+        ("other-chip", "chip-id"),
+    ] {
+        bench.config.attestation.simulator_defect = defect.into();
+        let said = bench.refusal(Lie::None, false).await;
+        assert!(said.contains(check), "{defect}: {said}");
+    }
+    bench.config.attestation.simulator_defect.clear();
+    bench.expect_measurement(&"ab".repeat(48));
+    let said = bench.refusal(Lie::None, false).await;
+    assert!(said.contains("check measurement"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn production_anchors_expired_collateral_and_a_verifier_that_is_down_open_nothing() {
+    let mut bench = Bench::new();
+    let collateral = bench.dir.path().join("collateral");
+    let a = &mut bench.config.attestation;
+    let (anchors, verifier) = (std::mem::take(&mut a.anchors), a.verifier.clone());
+    let said = bench.refusal(Lie::None, false).await;
+    assert!(said.contains("check "), "{said}");
+
+    bench.config.attestation.anchors = anchors;
+    let ca = Ca::open(&bench.dir.path().join("ca"), now()).expect("authority");
+    let defect = sealpod_attestation::simulate::Defect::from_name(
+        "expired-crl",
+        sealpod_attestation::verdict::Tee::Nvidia,
+    );
+    let minted = ca.mint_gpu(&GpuClaims::default(), Some(defect.expect("defect")));
+    for (name, content) in minted.expect("collateral").collateral {
+        fs::write(collateral.join(name), content).expect("file");
+    }
+    let said = bench.refusal(Lie::None, true).await;
+    assert!(said.contains("chain-revocation"), "{said}");
+
+    let a = &mut bench.config.attestation;
+    a.verifier = "https://127.0.0.1:1".into();
+    a.verifier_trust = bench.dir.path().join("pin");
+    fs::write(&a.verifier_trust, "00".repeat(48)).expect("file");
+    let said = bench.refusal(Lie::None, false).await;
+    assert!(said.contains("Cannot connect"), "{said}");
+    bench.config.attestation.verifier = verifier;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_is_renewed_until_the_reference_values_change_then_the_device_goes_back() {
+    let mut bench = Bench::new();
+    for on_loss in [OnLoss::Kill, OnLoss::Freeze] {
+        let good = hex(&bench.launch.measurement().expect("measurement"));
+        bench.expect_measurement(&good);
+        for policy in bench.config.attestation.policies.values_mut() {
+            policy.on_loss = on_loss;
+        }
+        let (_pod, mut gate, vm) = bench.pod().await;
+        let admitted = gate.admit(bench.wanted()).await.expect("admitted");
+        assert_eq!(
+            (admitted[0].id.as_str(), admitted[0].path.as_str()),
+            ("gpu0", "/dev/gpu0")
+        );
+        assert_eq!(vm.passed(), ["gpu0"]);
+        let next = gate.renew().await.expect("renewed");
+        assert!((1..=150).contains(&next.as_secs()), "{next:?}");
+        assert_eq!(vm.passed(), ["gpu0"]);
+
+        bench.expect_measurement(&"ab".repeat(48));
+        assert_eq!(gate.renew().await, None);
+        assert!(vm.passed().is_empty());
+        assert_eq!(vm.stopped(), on_loss == OnLoss::Kill);
+        let e = gate.admit(bench.wanted()).await.expect_err("lost");
+        assert!(e.to_string().contains("lost its lease"), "{e}");
+    }
+    let audit = bench.audit();
+    assert_eq!(audit.matches("\"event\":\"lease\"").count(), 2, "{audit}");
+    assert_eq!(
+        audit.matches("\"event\":\"revocation\"").count(),
+        2,
+        "{audit}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_another_pod_has_stays_with_it() {
+    let bench = Bench::new();
+    let (_first, mut gate, vm) = bench.pod().await;
+    gate.admit(bench.wanted()).await.expect("admitted");
+    let (_second, mut other, none) = bench.pod().await;
+    let e = other.admit(bench.wanted()).await.expect_err("busy");
+    assert!(e.to_string().contains("in use by another pod"), "{e}");
+    assert!(none.ever().is_empty());
+    assert_eq!(vm.passed(), ["gpu0"]);
+    gate.ended().await;
+    other.admit(bench.wanted()).await.expect("free again");
+}
