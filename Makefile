@@ -6,8 +6,8 @@
 PREFIX ?= /usr/local
 # containerd of `make demo`, `make bench` and `make shell`: 1.6, 1.7 or 2.1
 CONTAINERD ?= 1.7
-# program of `make lab`
-RUN ?= target/release/sealpod check
+# program of `make lab`, and its arguments; by default the tests that need KVM
+RUN ?=
 SETUP := tests/setup/setup.sh
 SAY := @printf '\033[1m==>\033[0m %s\n'
 BENCH := cargo run -q --profile test -p sealpod-tests --bin
@@ -15,11 +15,11 @@ BENCH := cargo run -q --profile test -p sealpod-tests --bin
 help: ## Show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
-build: guest ## Build everything: guest kernel, agent, initramfs, virtiofsd, shim
+build: guest ## Build everything: guest kernel, agent, initramfs, virtiofsd, shim, VMM
 	$(SAY) "virtiofsd"
 	@shim/get-virtiofsd.sh >/dev/null
-	$(SAY) "shim"
-	@cargo build --release -p sealpod-shim
+	$(SAY) "shim and VMM"
+	@cargo build --release -p sealpod-shim -p sealpod-vmm
 
 guest-kernel:
 	@$(SETUP) build
@@ -52,7 +52,7 @@ bench: build ## Measure starts, execs and memory against runc: target/bench/star
 	@$(BENCH) bench -- $(CONTAINERD)
 
 lab: build ## Run RUN, by default the tests that need KVM, on a real KVM: docs/lab.md
-	@tests/lab/run.sh $(RUN)
+	@$(if $(RUN),tests/lab/run.sh $(RUN),tests/lab/tests.sh)
 
 shell: build ## A shell with a private containerd whose default runtime is sealpod
 	@$(SETUP) clients
@@ -62,6 +62,7 @@ install: build ## Install below PREFIX (default /usr/local) and the configuratio
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin \
 		target/release/containerd-shim-sealpod-v2 target/release/sealpod
 	install -D -m 0755 "$$(shim/get-virtiofsd.sh)" $(DESTDIR)$(PREFIX)/libexec/sealpod/virtiofsd
+	install -D -m 0755 target/release/sealpod-vmm $(DESTDIR)$(PREFIX)/libexec/sealpod/sealpod-vmm
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/sealpod \
 		target/guest/vmlinux target/guest/bzImage target/guest/initramfs.cpio*
 	test -e $(DESTDIR)/etc/sealpod/sealpod.toml || \

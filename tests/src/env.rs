@@ -68,8 +68,9 @@ impl Settings {
             virtiofsd,
             more,
         } = self;
+        let vmm = absolute(assets::programs().join("sealpod-vmm"));
         format!(
-            "[hypervisor]\nkernel = {kernel:?}\ninitramfs = {initramfs:?}\nvirtiofsd = {virtiofsd:?}\n{more}"
+            "[hypervisor]\nvmm = {vmm:?}\nkernel = {kernel:?}\ninitramfs = {initramfs:?}\nvirtiofsd = {virtiofsd:?}\n{more}"
         )
     }
 }

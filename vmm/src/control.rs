@@ -19,7 +19,7 @@ use ttrpc::r#async::{Server, TtrpcContext};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::machine::{Boot, Config, End, Machine};
-use crate::virtio::{Balloon, Block, Device, Net, NetConfig, Remote, Rng};
+use crate::virtio::{Balloon, Block, Device, Net, NetConfig, Remote};
 
 /// First descriptor that is not one of the standard three.
 const FIRST_FD: RawFd = 3;
@@ -109,8 +109,8 @@ impl Service {
             return Err("There is a machine already".into());
         }
         let balloon = Arc::new(Mutex::new(Balloon::new()));
-        let mut devices: Vec<Arc<Mutex<dyn Device>>> =
-            vec![Arc::new(Mutex::new(Rng::new()?)), balloon.clone()];
+        // No entropy device: the shim gives the agent entropy, and the processor has RDRAND.
+        let mut devices: Vec<Arc<Mutex<dyn Device>>> = vec![balloon.clone()];
         let shared_memory = request.vsock_fd != 0 || request.share_fd != 0;
         if request.vsock_fd != 0 {
             let daemon = UnixStream::from(self.inherited.number(request.vsock_fd)?);

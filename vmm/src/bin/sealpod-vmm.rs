@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 /// Serves the shim on inherited descriptors.
 fn serve(control: &str, descriptors: &str) -> Result<End, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
+        .enable_all()
         .build()?;
     let number = |word: &str| word.parse().map_err(|e| format!("{word}: {e}"));
     runtime.block_on(control::serve(number(control)?, number(descriptors)?))?;
