@@ -10,6 +10,7 @@
 //! change it.
 
 mod capabilities;
+mod eject;
 mod error;
 pub mod guest_devices;
 mod mount_options;
@@ -187,6 +188,7 @@ impl Containers {
             init_handle: launched.pidfd,
             seccomp,
             user_namespace: plan.id_maps.is_some(),
+            disks: request.block_devices.iter().map(|d| d.serial.clone()).collect(),
             has_admitted_devices: !admitted.is_empty(),
             state: Mutex::new(State {
                 phase: Phase::Created(launched.channel),
@@ -258,6 +260,7 @@ impl Containers {
         };
         container.cgroup.remove(SETTLE).await?;
         container.init.exit().await;
+        eject::eject(container.disks.clone()).await;
         lock(&self.table).remove(id);
         crate::share::forget(id);
         Ok(())

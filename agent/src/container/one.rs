@@ -28,6 +28,8 @@ pub struct Container {
     pub(super) init_handle: OwnedFd,
     pub(super) seccomp: Option<OwnedFd>,
     pub(super) user_namespace: bool,
+    /// Serials of the disks that were attached for it.
+    pub(super) disks: Vec<String>,
     pub(super) has_admitted_devices: bool,
     pub(super) oom: OomWatch,
     pub(super) state: Mutex<State>,

@@ -184,7 +184,14 @@ pub(super) async fn remove(qmp: &Qmp, ports: &Ports, id: &str, name: &str) -> Re
         return Err(VmError::NoDevice(name.into()));
     }
     let mut events = qmp.events();
-    qmp.execute("device_del", json!({"id": id})).await?;
+    match qmp.execute("device_del", json!({"id": id})).await {
+        // The guest has powered its slot down.
+        Err(VmError::NoDevice(_)) => {
+            ports.release(id);
+            return Ok(());
+        }
+        other => other.map(drop)?,
+    }
     let deleted = async {
         loop {
             match events.recv().await {

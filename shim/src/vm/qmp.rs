@@ -39,7 +39,7 @@ pub(super) struct Event {
 #[derive(Debug, PartialEq)]
 enum Message {
     Greeting,
-    Reply(u64, Result<Value, String>),
+    Reply(u64, Answer),
     Event(Event),
 }
 
@@ -55,8 +55,10 @@ struct Line {
     data: Option<Value>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 struct Refusal {
+    #[serde(default)]
+    class: String,
     desc: String,
 }
 
@@ -75,13 +77,16 @@ fn parse(line: &[u8]) -> Option<Message> {
     }
     let answer = match (line.value, line.error) {
         (Some(value), None) => Ok(value),
-        (None, Some(refusal)) => Err(refusal.desc.chars().take(REASON_MAX).collect()),
+        (None, Some(mut refusal)) => {
+            refusal.desc = refusal.desc.chars().take(REASON_MAX).collect();
+            Err(refusal)
+        }
         _ => return None,
     };
     Some(Message::Reply(line.id?, answer))
 }
 
-type Answer = Result<Value, String>;
+type Answer = Result<Value, Refusal>;
 
 /// What the reading task and the callers share.
 struct Shared {
@@ -157,6 +162,7 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, VmError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let subject = args.get("id").and_then(Value::as_str).map(str::to_owned);
         let mut line = json!({"execute": command, "arguments": args, "id": id}).to_string();
         line.push('\n');
         let (tell, answer) = oneshot::channel();
@@ -170,9 +176,13 @@ impl Qmp {
                 .map_err(|_| VmError::Ended)?;
             match answer.await {
                 Ok(Ok(value)) => Ok(value),
-                Ok(Err(reason)) => Err(VmError::Refused {
+                // qapi/error.json
+                Ok(Err(refusal)) if refusal.class == "DeviceNotFound" => {
+                    Err(VmError::NoDevice(subject.unwrap_or_default()))
+                }
+                Ok(Err(refusal)) => Err(VmError::Refused {
                     command: command.into(),
-                    reason,
+                    reason: refusal.desc,
                 }),
                 Err(_) => Err(VmError::Ended),
             }
@@ -293,7 +303,7 @@ mod tests {
         let Some(Message::Reply(1, Err(reason))) = parse(long.as_bytes()) else {
             panic!("not a refusal");
         };
-        assert_eq!(reason.len(), REASON_MAX);
+        assert_eq!(reason.desc.len(), REASON_MAX);
     }
 
     #[test]
