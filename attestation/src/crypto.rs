@@ -85,6 +85,32 @@ pub fn sha384(data: &[u8]) -> [u8; 48] {
     array(&digest::SHA384, data)
 }
 
+/// SHA-384 of data that comes in parts.
+pub struct Digest384(digest::Context);
+
+impl Digest384 {
+    /// Of nothing so far.
+    #[expect(
+        clippy::new_without_default,
+        reason = "a digest of nothing is no default of anything"
+    )]
+    pub fn new() -> Self {
+        Self(digest::Context::new(&digest::SHA384))
+    }
+
+    /// Adds a part.
+    pub fn add(&mut self, data: &[u8]) {
+        self.0.update(data);
+    }
+
+    /// The digest of all parts.
+    pub fn finish(self) -> [u8; 48] {
+        let mut out = [0; 48];
+        out.copy_from_slice(self.0.finish().as_ref());
+        out
+    }
+}
+
 /// SHA-512.
 pub fn sha512(data: &[u8]) -> [u8; 64] {
     array(&digest::SHA512, data)

@@ -1,13 +1,16 @@
-//! Launch measurement, predicted: what a guest's MEASUREMENT will be, from the files and settings
-//! that it starts with. Compare: SEV-SNP firmware ABI specification, SNP_LAUNCH_UPDATE; QEMU
+//! Launch measurement, predicted: what a guest's MEASUREMENT (MRTD and RTMRs of a TD) will be, from the
+//! files and settings that it starts with. Compare: SEV-SNP firmware ABI specification, SNP_LAUNCH_UPDATE; QEMU
 //! `target/i386/sev.c`; OVMF's AmdSev package.
 
 mod hashes;
 mod ovmf;
+mod pe;
+mod tdx;
 mod vmsa;
 
 pub use hashes::KernelHashes;
 pub use ovmf::{Ovmf, OvmfError, Section, SectionKind, stand_in};
+pub use tdx::{mr_td, rtmr1, rtmr1_of, rtmr2};
 pub use vmsa::{CpuType, MAX_VCPUS};
 
 use crate::crypto::sha384;
@@ -55,6 +58,9 @@ pub enum MeasureError {
     /// The firmware does not check kernel hashes.
     #[error("Firmware has no place for kernel hashes; the AmdSev build of OVMF has one")]
     NoHashes,
+    /// No EFI stub.
+    #[error("Kernel is no PE image, so firmware cannot start it")]
+    Kernel,
     /// SNP is off in the features.
     #[error("Guest features 0x{0:x} do not have SNP (bit 0)")]
     Features(u64),

@@ -15,6 +15,7 @@ const ENTRY_HEADER: usize = 18;
 const TABLE_FOOTER: u128 = 0x96b582de_1fb2_45f7_baea_a366c55a082d;
 const SEV_HASH_TABLE: u128 = 0x7255371f_3a3b_4b04_927b_1da6efa8d454;
 const SEV_ES_RESET: u128 = 0x00f771de_1a7e_4fcb_890e_68c77e2fb44e;
+const TDX_METADATA: u128 = 0xe47a6535_984a_4798_865e_4685a7bf8ec2;
 const SEV_METADATA: u128 = 0xdc886566_984a_4798_a75e_5585a7bf67cc;
 
 /// Why an image is refused.
@@ -32,6 +33,9 @@ pub enum OvmfError {
     /// The SEV metadata are broken.
     #[error("SEV metadata are malformed")]
     Metadata,
+    /// The TDX metadata are broken.
+    #[error("TDX metadata are malformed")]
+    TdxMetadata,
     /// A section of a kind nobody here knows.
     #[error("SEV metadata have a section of unknown type {0}")]
     Section(u32),
@@ -82,10 +86,7 @@ impl Ovmf {
     /// # Errors
     /// When it is not an OVMF image with SEV-SNP metadata.
     pub fn parse(image: &[u8]) -> Result<Self, OvmfError> {
-        let size = image.len();
-        if size == 0 || size > MAX_IMAGE || !(size as u64).is_multiple_of(PAGE) {
-            return Err(OvmfError::Size(size));
-        }
+        check_size(image)?;
         let table = table(image)?;
         let entry = |guid: u128| {
             table
@@ -96,7 +97,7 @@ impl Ovmf {
         let reset = entry(SEV_ES_RESET).ok_or(OvmfError::Missing("SEV-ES reset block"))?;
         let metadata = entry(SEV_METADATA).ok_or(OvmfError::Missing("SEV metadata"))?;
         Ok(Self {
-            gpa: FIRMWARE_END - size as u64,
+            gpa: FIRMWARE_END - image.len() as u64,
             reset_eip: word(reset, 0).ok_or(OvmfError::Table)?,
             hash_table: entry(SEV_HASH_TABLE)
                 .map(|d| word(d, 0).ok_or(OvmfError::Table))
@@ -104,6 +105,27 @@ impl Ovmf {
             sections: sections(image, word(metadata, 0).ok_or(OvmfError::Table)?)?,
         })
     }
+}
+
+fn check_size(image: &[u8]) -> Result<(), OvmfError> {
+    let size = image.len();
+    if size == 0 || size > MAX_IMAGE || !(size as u64).is_multiple_of(PAGE) {
+        return Err(OvmfError::Size(size));
+    }
+    Ok(())
+}
+
+/// Where in the image the TDX metadata begin.
+pub(super) fn tdx_metadata(image: &[u8]) -> Result<usize, OvmfError> {
+    check_size(image)?;
+    let table = table(image)?;
+    let entry = table.iter().find(|(guid, _)| *guid == TDX_METADATA);
+    let (_, data) = entry.ok_or(OvmfError::Missing("TDX metadata"))?;
+    let offset = word(data, 0).ok_or(OvmfError::TdxMetadata)?;
+    image
+        .len()
+        .checked_sub(offset as usize)
+        .ok_or(OvmfError::TdxMetadata)
 }
 
 /// The entries, from the footer backwards: data, length, GUID.
@@ -200,18 +222,6 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 /// measurement of a guest that was started without it (a simulated one).
 #[must_use]
 pub fn stand_in() -> Vec<u8> {
-    let guid = |g: u128| {
-        let [a, b, c, d, e, f, g, h, rest @ ..] = g.to_be_bytes();
-        [&[d, c, b, a, f, e, h, g][..], &rest].concat()
-    };
-    let entry = |data: &[u8], id: u128| {
-        [
-            data,
-            &((data.len() + ENTRY_HEADER) as u16).to_le_bytes(),
-            &guid(id),
-        ]
-        .concat()
-    };
     let mut metadata = b"ASEV".to_vec();
     metadata.extend([0x4c, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0, 0]);
     for (n, kind) in [1u32, 2, 3, 4, 0x10].into_iter().enumerate() {
@@ -222,18 +232,46 @@ pub fn stand_in() -> Vec<u8> {
     let mut table = entry(&0x80_4c00u32.to_le_bytes(), SEV_HASH_TABLE);
     table.extend(entry(&0x80_b004u32.to_le_bytes(), SEV_ES_RESET));
     table.extend(entry(&0x1000u32.to_le_bytes(), SEV_METADATA));
+    two_pages(&metadata, table)
+}
+
+/// An entry of the table: data, length, GUID.
+fn entry(data: &[u8], id: u128) -> Vec<u8> {
+    let [a, b, c, d, e, f, g, h, rest @ ..] = id.to_be_bytes();
+    let length = (data.len() + ENTRY_HEADER) as u16;
+    [
+        data,
+        &length.to_le_bytes(),
+        &[d, c, b, a, f, e, h, g],
+        &rest,
+    ]
+    .concat()
+}
+
+/// An image with metadata in its second page, and a table.
+fn two_pages(metadata: &[u8], mut table: Vec<u8>) -> Vec<u8> {
+    let mut footer = entry(&[], TABLE_FOOTER);
     let length = (table.len() + ENTRY_HEADER) as u16;
-    table.extend(length.to_le_bytes());
-    table.extend(guid(TABLE_FOOTER));
+    footer[..2].copy_from_slice(&length.to_le_bytes());
+    table.extend(footer);
     let mut image = vec![0; 8192];
-    image[4096..4096 + metadata.len()].copy_from_slice(&metadata);
+    image[4096..4096 + metadata.len()].copy_from_slice(metadata);
     image[8192 - TABLE_END - table.len()..8192 - TABLE_END].copy_from_slice(&table);
     image
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// An image whose first page is not zero, with TDX metadata.
+    pub(in super::super) fn image_with_tdx_metadata(metadata: &[u8]) -> Vec<u8> {
+        let mut image = two_pages(metadata, entry(&0x1000u32.to_le_bytes(), TDX_METADATA));
+        for (n, byte) in image[..4096].iter_mut().enumerate() {
+            *byte = (n * 7) as u8;
+        }
+        image
+    }
 
     #[test]
     fn an_image_is_read_and_every_broken_one_refused_or_read() {

@@ -234,3 +234,18 @@ fn intel_root(folder: &Folder) -> Result<Verdict, String> {
     );
     Ok(checks.into_verdict(false, serde_json::Value::Null))
 }
+
+#[test]
+fn a_kernel_that_real_firmware_booted_gives_the_predicted_rtmr1() {
+    let Some(folder) = Folder::open() else { return };
+    let log = folder.read("tdx/v4-live-ccel/ccel-good.bin");
+    let quote = folder.read("tdx/v4-live-ccel/quote.bin");
+    let quote = tdx::Quote::parse(&quote).unwrap();
+    // The first event of RTMR1 (register 2 of the log) is the kernel's image.
+    let events = tdx::parse_event_log(&log).unwrap();
+    let kernel = events.iter().find(|e| e.register == 2).unwrap();
+    assert_eq!(
+        sealpod_attestation::measure::rtmr1_of(kernel.digest),
+        quote.body.rtmr[1]
+    );
+}

@@ -36,7 +36,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Serve verification over HTTPS, and resources to key-broker clients
     Serve(serve::ServeArgs),
-    /// Predict the launch measurement of an SNP guest from its files and settings
+    /// Predict the launch measurement of an SNP guest or a TD from its files and settings
     Measure(measure::MeasureArgs),
     /// Mint simulated evidence under a local CA, good or with a named defect
     Simulate(simulate::SimulateArgs),
