@@ -9,6 +9,8 @@
 //! Source: VIRTIO 1.2, sections 5.10 and 5.11; the vhost-user protocol of the QEMU project.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -18,12 +20,14 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, Device, Error, Saved, State, Watch, read_bytes};
+use super::{
+    Activation, Device, Error, Interrupt, Memory, QueueState, Saved, State, Watch, read_bytes,
+};
 
 /// Device types.
 const FS: u32 = 26;
@@ -33,9 +37,12 @@ const TAG: usize = 36;
 /// Descriptors: the high priority queue has little to carry; a read or write takes a descriptor for
 /// each page, and Linux asks for up to 256 pages less its own overhead.
 const FS_QUEUES: [u16; 2] = [16, 256];
-/// Receive, transmit, events; the last is not the daemon's, and nothing is ever said in it.
+/// Receive, transmit, events; the last is not the daemon's.
 const VSOCK_QUEUES: [u16; 3] = [128, 128, 16];
 const VSOCK_SERVED: usize = 2;
+const VSOCK_EVENTS: usize = 2;
+/// Event: all connections are gone (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`).
+const TRANSPORT_RESET: u32 = 0;
 /// How long the daemon may take to answer while it is set up: a guest's CPU waits for it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -51,14 +58,19 @@ pub struct Remote {
     /// Features that the daemon and this device have.
     features: u64,
     active: Option<Active>,
+    /// The guest comes from another process, and its connections are gone.
+    moved: bool,
 }
 
 /// What lives as long as the driver is up.
 struct Active {
+    memory: Memory,
     watch: Watch,
+    interrupt: Arc<dyn Interrupt>,
+    /// All queues, also those that are not the daemon's, with what the guest's kick signals.
+    queues: Vec<(Queue, EventFd)>,
     /// Signalled by the daemon where the transport has no descriptor of its own.
     calls: Vec<(u16, EventFd)>,
-    interrupt: std::sync::Arc<dyn super::Interrupt>,
     /// Queues that were started.
     started: usize,
 }
@@ -124,28 +136,27 @@ impl Remote {
             config,
             features,
             active: None,
+            moved: false,
         })
     }
 
-    fn start(&mut self, activation: &Activation, active: &mut Active) -> Result<(), Error> {
-        let accepted = self.features & activation.features;
+    fn start(&mut self, accepted: u64, active: &mut Active) -> Result<(), Error> {
+        let accepted = self.features & accepted;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         (self.daemon.set_features(accepted | protocol)).map_err(failed("told the features"))?;
-        let memory = activation.memory.memory();
+        let memory = active.memory.memory();
         let regions: Vec<_> = (memory.iter())
             .map(VhostUserMemoryRegionInfo::from_guest_region)
             .collect::<Result<_, _>>()
             .map_err(|_| Error::Configuration("guest memory is not a file's".into()))?;
         (self.daemon.set_mem_table(&regions)).map_err(failed("shown the guest's memory"))?;
-        let served = activation.queues.iter().take(self.served);
-        for (index, (queue, kick)) in served.enumerate() {
+        for index in 0..self.served {
+            let (queue, _) = &active.queues[index];
             if !queue.ready() || queue.size() == 0 || !queue.is_valid(&*memory) {
                 return Err(Error::Queue(index));
             }
-            let call = active.call(index as u16)?;
             active.started = index + 1;
-            (start_queue(&mut self.daemon, index, queue, &memory, &call, kick))
-                .map_err(failed("given a queue"))?;
+            active.start_queue(&self.daemon, index)?;
         }
         Ok(())
     }
@@ -174,8 +185,75 @@ fn negotiate(daemon: &mut Frontend) -> Result<u64, vhost::Error> {
     Ok(offered & own)
 }
 
-fn start_queue(
-    daemon: &mut Frontend,
+impl Active {
+    /// Gives a queue to the daemon, from where it stands.
+    fn start_queue(&mut self, daemon: &Frontend, index: usize) -> Result<(), Error> {
+        let call = self.call(index as u16)?;
+        let (queue, kick) = &self.queues[index];
+        give_queue(daemon, index, queue, &self.memory.memory(), &call, kick)
+            .map_err(failed("given a queue"))?;
+        if queue.next_avail() != 0 {
+            // What was kicked or signalled before may have been lost.
+            let _ = kick.write(1);
+            self.interrupt.queue(index as u16);
+        }
+        Ok(())
+    }
+
+    /// Takes a queue back from the daemon, with where it stands.
+    fn stop_queue(&mut self, daemon: &Frontend, index: usize) -> Result<(), Error> {
+        let base = (daemon.get_vring_base(index)).map_err(failed("asked where a queue stands"))?;
+        let (queue, _) = &mut self.queues[index];
+        queue.set_next_avail(base as u16); // a ring's index has 16 bits
+        let used = queue.used_idx(&*self.memory.memory(), Ordering::Acquire);
+        queue.set_next_used(used.map_err(|_| Error::Queue(index))?.0);
+        Ok(())
+    }
+
+    /// Tells a guest with a new vsock engine that its connections are gone (5.10.6.7).
+    fn tell_reset(&mut self) -> Result<(), virtio_queue::Error> {
+        let memory = self.memory.memory();
+        let Some((queue, _)) = self.queues.get_mut(VSOCK_EVENTS) else {
+            return Ok(());
+        };
+        let Some(chain) = queue.iter(&*memory)?.next() else {
+            return Ok(()); // the guest left no room for news
+        };
+        let head = chain.head_index();
+        let room = chain.writable().next();
+        let event = TRANSPORT_RESET.to_le_bytes();
+        let fits = room.filter(|room| room.len() as usize >= event.len());
+        let told = fits.is_some_and(|room| memory.write_slice(&event, room.addr()).is_ok());
+        queue.add_used(&*memory, head, if told { event.len() as u32 } else { 0 })?;
+        self.interrupt.queue(VSOCK_EVENTS as u16);
+        Ok(())
+    }
+
+    /// What the daemon signals when it has used buffers.
+    fn call(&mut self, index: u16) -> Result<EventFd, Error> {
+        if let Some(notifier) = self.interrupt.notifier(index) {
+            return Ok(notifier);
+        }
+        if let Some((_, call)) = self.calls.iter().find(|(of, _)| *of == index) {
+            return call.try_clone().map_err(|source| Error::Resource {
+                what: "copy an eventfd",
+                source,
+            });
+        }
+        let resource = |what| move |source| Error::Resource { what, source };
+        let call = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(resource("make an eventfd"))?;
+        let copy = call.try_clone().map_err(resource("copy an eventfd"))?;
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        (self.watch.add(&call, index.into(), events))
+            .map_err(resource("watch a daemon's signals"))?;
+        self.calls.push((index, call));
+        Ok(copy)
+    }
+}
+
+fn give_queue(
+    daemon: &Frontend,
     index: usize,
     queue: &Queue,
     memory: &GuestMemoryMmap,
@@ -197,30 +275,13 @@ fn start_queue(
         used_ring_addr: host(queue.used_ring())?,
         log_addr: None,
     };
+    let mut daemon = daemon.clone();
     daemon.set_vring_num(index, queue.size())?;
     daemon.set_vring_addr(index, &config)?;
     daemon.set_vring_base(index, queue.next_avail())?;
     daemon.set_vring_call(index, call)?;
     daemon.set_vring_kick(index, kick)?;
     daemon.set_vring_enable(index, true)
-}
-
-impl Active {
-    /// What the daemon signals when it has used buffers.
-    fn call(&mut self, index: u16) -> Result<EventFd, Error> {
-        if let Some(notifier) = self.interrupt.notifier(index) {
-            return Ok(notifier);
-        }
-        let resource = |what| move |source| Error::Resource { what, source };
-        let call = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-            .map_err(resource("make an eventfd"))?;
-        let copy = call.try_clone().map_err(resource("copy an eventfd"))?;
-        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        (self.watch.add(&call, index.into(), events))
-            .map_err(resource("watch a daemon's signals"))?;
-        self.calls.push((index, call));
-        Ok(copy)
-    }
 }
 
 impl Drop for Active {
@@ -256,12 +317,17 @@ impl Device for Remote {
             return Err(Error::Queues { expected, found });
         }
         let mut active = Active {
-            watch: activation.watch.clone(),
+            memory: activation.memory,
+            watch: activation.watch,
+            interrupt: activation.interrupt,
+            queues: activation.queues,
             calls: Vec::new(),
-            interrupt: activation.interrupt.clone(),
             started: 0,
         };
-        let started = self.start(&activation, &mut active);
+        let mut started = self.start(activation.features, &mut active);
+        if started.is_ok() && std::mem::take(&mut self.moved) {
+            started = active.tell_reset().map_err(|_| Error::Queue(VSOCK_EVENTS));
+        }
         self.active = Some(active);
         if started.is_err() {
             self.reset();
@@ -270,12 +336,12 @@ impl Device for Remote {
     }
 
     fn reset(&mut self) {
-        let Some(active) = self.active.take() else {
+        let Some(mut active) = self.active.take() else {
             return;
         };
         for index in 0..active.started {
             // A daemon that is gone does not touch the guest's memory either.
-            if let Err(e) = self.daemon.get_vring_base(index) {
+            if let Err(e) = active.stop_queue(&self.daemon, index) {
                 tracing::debug!("A device's daemon did not stop queue {index}: {e}");
             }
         }
@@ -290,16 +356,41 @@ impl Device for Remote {
         }
     }
 
+    /// Only of a vsock engine, whose connections do not move: the guest is told that they are gone.
     fn save(&mut self) -> Result<Saved, Error> {
-        Err(Error::NotSaved {
-            kind: self.kind,
-            why: "what it remembers of the guest is its daemon's",
-        })
+        if self.kind != VSOCK {
+            return Err(Error::NotSaved {
+                kind: self.kind,
+                why: "what it remembers of the guest is its daemon's",
+            });
+        }
+        let state = State::Stateless { kind: self.kind };
+        let mut queues = Vec::new();
+        if let Some(active) = &mut self.active {
+            let served = 0..active.started;
+            // The daemon says where it stands only when it stops.
+            for index in served.clone() {
+                active.stop_queue(&self.daemon, index)?;
+            }
+            queues = (active.queues.iter())
+                .map(|(queue, _)| QueueState::from(queue))
+                .collect();
+            for index in served {
+                active.start_queue(&self.daemon, index)?;
+            }
+        }
+        Ok(Saved { queues, state })
     }
 
     fn restore(&mut self, state: &State) -> Result<(), Error> {
-        let (kind, found) = (self.kind, state.clone());
-        Err(Error::WrongState { kind, found })
+        let kind = self.kind;
+        if kind != VSOCK {
+            let found = state.clone();
+            return Err(Error::WrongState { kind, found });
+        }
+        state.expect_stateless(kind)?;
+        self.moved = true;
+        Ok(())
     }
 }
 

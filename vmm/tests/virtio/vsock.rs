@@ -1,11 +1,13 @@
 //! The socket device as a transport: what the engine itself does is tested in `tests/vsock`.
 
 use std::io::Write;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use sealpod_vmm::virtio::{Device, Vsock};
-use sealpod_vmm::vsock::{Config, Engine, HEADER_LEN, Header, Limits, Op};
+use sealpod_vmm::virtio::{Device, Remote, Vsock};
+use sealpod_vmm::vsock::{
+    Config, Engine, HEADER_LEN, Header, Limits, Op, TYPE_STREAM, VhostUserVsock,
+};
 
 use crate::driver::Machine;
 
@@ -23,14 +25,14 @@ pub(crate) fn device(dir: &Path) -> Vsock {
 }
 
 /// Offers receive buffers.
-fn refill(guest: &mut Machine<Vsock>) {
+fn refill<D: Device>(guest: &mut Machine<D>) {
     for _ in 0..16 {
         guest.offer(RX, &[], &[4096]);
     }
 }
 
 /// The next packet for the guest.
-fn receive(guest: &mut Machine<Vsock>) -> Option<(Header, Vec<u8>)> {
+fn receive<D: Device>(guest: &mut Machine<D>) -> Option<(Header, Vec<u8>)> {
     let (_, mut packet) = guest.done(RX)?;
     let payload = packet.split_off(HEADER_LEN);
     Some((
@@ -139,4 +141,88 @@ fn the_configuration_is_the_guests_cid() {
     let mut cid = [0; 8];
     device(dir.path()).read_config(0, &mut cid);
     assert_eq!(u64::from_le_bytes(cid), 3);
+}
+
+/// Milliseconds after which something hangs.
+const PATIENCE: i32 = 20_000;
+
+/// An engine as the shim has it, and the device with which a VMM shows it.
+fn remote(dir: &Path) -> (VhostUserVsock, Remote) {
+    let path = dir.join("vhost.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let config = Config {
+        uds: dir.join("vsock.sock"),
+        guest_cid: 3,
+        limits: Limits::default(),
+    };
+    let engine = VhostUserVsock::start(listener, &config).unwrap();
+    let socket = UnixStream::connect(path).unwrap();
+    (engine, Remote::vsock(socket, 3).unwrap())
+}
+
+/// The next packet for the guest, which another thread brings.
+fn await_packet(guest: &mut Machine<Remote>) -> (Header, Vec<u8>) {
+    loop {
+        if let Some(packet) = receive(guest) {
+            return packet;
+        }
+        assert!(guest.events.turn(PATIENCE).unwrap());
+    }
+}
+
+/// Answers the request of a client of port 7; returns the client.
+fn connected_remotely(guest: &mut Machine<Remote>, dir: &Path) -> (UnixStream, Header) {
+    let mut client = UnixStream::connect(dir.join("vsock.sock")).unwrap();
+    client.write_all(b"CONNECT 7\n").unwrap();
+    let (request, _) = await_packet(guest);
+    assert_eq!(
+        (request.op, request.type_),
+        (Op::Request as u16, TYPE_STREAM)
+    );
+    let response = Header {
+        op: Op::Response as u16,
+        buf_alloc: 1 << 16,
+        ..request.reset()
+    };
+    guest.offer(TX, &[&response.encode()], &[]);
+    guest.kick(TX);
+    let mut line = [0; 3];
+    std::io::Read::read_exact(&mut client, &mut line).unwrap();
+    assert_eq!(&line, b"OK ");
+    (client, request)
+}
+
+#[test]
+fn an_engine_in_another_process_keeps_its_connections_while_the_guest_is_written_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_engine, device) = remote(dir.path());
+    let mut guest = Machine::new(device);
+    refill(&mut guest);
+    guest.kick(RX);
+    let (mut client, _) = connected_remotely(&mut guest, dir.path());
+    let saved = guest.device().save().unwrap();
+    assert_eq!(saved.queues[TX].next_available, 1);
+    client.write_all(b"still here").unwrap();
+    assert_eq!(await_packet(&mut guest).1, b"still here");
+}
+
+#[test]
+fn a_moved_guest_gets_a_new_engine_and_is_told_that_its_connections_are_gone() {
+    let (old, new) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, device) = remote(old.path());
+    let mut guest = Machine::new(device);
+    refill(&mut guest);
+    for _ in 0..8 {
+        guest.offer(EVENTS, &[], &[4]);
+    }
+    guest.kick(RX);
+    let (mut client, _) = connected_remotely(&mut guest, old.path());
+    let (_second, device) = remote(new.path());
+    let mut guest = guest.moved_to(device);
+    first.stop();
+    let mut rest = Vec::new();
+    std::io::Read::read_to_end(&mut client, &mut rest).unwrap();
+    assert_eq!(guest.done(EVENTS).unwrap().1, [0; 4]); // VIRTIO_VSOCK_EVENT_TRANSPORT_RESET
+    assert!(guest.interrupts(EVENTS) > 0);
+    connected_remotely(&mut guest, new.path());
 }

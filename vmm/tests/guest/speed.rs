@@ -1,0 +1,213 @@
+//! How fast disk and network are, beside QEMU with the same kernel, guest, disk and tap, one after the
+//! other in one boot of the lab. A measurement: it fails only when something does not work.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use sealpod_vmm::machine::{Boot, Config, Machine};
+use sealpod_vmm::virtio::{Block, Device, Net, NetConfig};
+
+use crate::bench::{Bench, DISK};
+
+/// Tells when each of its tasks begins and ends.
+const GUEST: &str = "mkdir /sys; mount -t sysfs s /sys\n\
+    t() { echo \"begin $1\"; shift; \"$@\" >/dev/null 2>&1; echo end; }\n\
+    t sequential-write-MB dd if=/dev/zero of=/dev/vda bs=1M count=48 oflag=direct conv=notrunc\n\
+    t sequential-read-MB dd if=/dev/vda of=/dev/null bs=1M count=48 iflag=direct\n\
+    t writes-of-4K dd if=/dev/zero of=/dev/vda bs=4k count=1000 oflag=direct conv=notrunc\n\
+    t reads-of-4K dd if=/dev/vda of=/dev/null bs=4k count=1000 iflag=direct\n\
+    ifconfig lo up; ifconfig eth0 10.9.0.2 netmask 255.255.255.0 up; echo up\n\
+    to_guest() { nc -l -p 5001; }\n\
+    to_host() { dd if=/dev/zero bs=64k count=512 | nc 10.9.0.1 5002; }\n\
+    echo_() { nc -l -p 5003 -e cat; }\n\
+    t network-to-guest-MB to_guest\n\
+    t network-to-host-MB to_host\n\
+    t round-trips echo_\n\
+    echo done; reboot -f\n";
+/// MiB, requests, MiB and round trips of the tasks, in their order.
+const AMOUNTS: [f64; 7] = [48.0, 48.0, 1000.0, 1000.0, 32.0, 32.0, 300.0];
+const ROUNDS: usize = 3;
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
+
+#[test]
+#[ignore = "a measurement"]
+#[expect(unsafe_code, reason = "a tap is opened with an ioctl")]
+fn speed() {
+    let Some(bench) = Bench::new(GUEST) else {
+        return;
+    };
+    for arguments in [
+        "tuntap add dev bench0 mode tap vnet_hdr",
+        "addr add 10.9.0.1/24 dev bench0",
+        "link set bench0 up",
+    ] {
+        let done = Command::new("ip").args(arguments.split(' ')).status();
+        assert!(done.unwrap().success(), "ip {arguments}");
+    }
+    let disk = bench.path().join("disk");
+    File::create(&disk)
+        .unwrap()
+        .write_all(&vec![7; DISK as usize])
+        .unwrap();
+    let mut results = [Vec::new(), Vec::new()];
+    for _ in 0..ROUNDS {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let tap = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .unwrap();
+        // SAFETY: all zeros are a valid ifreq; it outlives the call (TUNSETIFF).
+        unsafe {
+            let mut request: libc::ifreq = std::mem::zeroed();
+            for (to, from) in request.ifr_name.iter_mut().zip(b"bench0") {
+                *to = *from as libc::c_char;
+            }
+            let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+            request.ifr_ifru.ifru_flags = flags as libc::c_short;
+            assert_eq!(
+                libc::ioctl(tap.as_raw_fd(), 0x4004_54ca, &raw const request),
+                0
+            );
+        }
+        let net = NetConfig {
+            mac: [2, 0, 0, 0, 0, 9],
+            mtu: 1500,
+        };
+        let file = File::options().read(true).write(true).open(&disk).unwrap();
+        let devices: Vec<Arc<Mutex<dyn Device>>> = vec![
+            Arc::new(Mutex::new(Block::new(file, false, "disk").unwrap())),
+            Arc::new(Mutex::new(Net::new(vec![tap.into()], net).unwrap())),
+        ];
+        let config = Config {
+            boot: Boot {
+                kernel: File::open(&bench.kernel).unwrap(),
+                initramfs: Some(File::open(&bench.initramfs).unwrap()),
+                cmdline: CMDLINE.into(),
+            },
+            memory_mib: 256,
+            shared_memory: false,
+            vcpus: 1,
+            console: File::from(OwnedFd::from(theirs)),
+            devices,
+            spare_slots: 0,
+        };
+        let machine = Machine::new(config, |_| {}).unwrap();
+        machine.resume();
+        results[0].push(measure(ours));
+        drop(machine);
+
+        let mut qemu = Command::new("qemu-system-x86_64")
+            .args([
+                "-M",
+                "pc",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-m",
+                "256",
+                "-nodefaults",
+            ])
+            .args([
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-serial",
+                "stdio",
+            ])
+            .args(["-append", CMDLINE, "-kernel"])
+            .arg(&bench.kernel)
+            .arg("-initrd")
+            .arg(&bench.initramfs)
+            .args(["-device", "virtio-blk-pci,drive=d,serial=disk", "-drive"])
+            .arg(format!("if=none,id=d,format=raw,file={}", disk.display()))
+            .args(["-netdev", "tap,id=n,ifname=bench0,script=no,downscript=no"])
+            .args(["-device", "virtio-net-pci,netdev=n,mac=02:00:00:00:00:09"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        results[1].push(measure(qemu.stdout.take().unwrap()));
+        qemu.wait().unwrap();
+    }
+    let [ours, qemu] = results;
+    for (task, amount) in AMOUNTS.iter().enumerate() {
+        let rate = |rounds: &[Vec<(String, Duration)>]| {
+            let mut times: Vec<f64> = rounds.iter().map(|r| r[task].1.as_secs_f64()).collect();
+            times.sort_by(f64::total_cmp);
+            amount / times[times.len() / 2]
+        };
+        let (a, b) = (rate(&ours), rate(&qemu));
+        let name = &ours[0][task].0;
+        println!(
+            "{name}: sealpod-vmm {a:.1}/s, QEMU {b:.1}/s, ratio {:.2}",
+            a / b
+        );
+    }
+}
+
+/// Follows a guest through its tasks and does the host's part; returns how long each took.
+fn measure(console: impl Read) -> Vec<(String, Duration)> {
+    let listener = TcpListener::bind("10.9.0.1:5002").unwrap();
+    let mut times = Vec::new();
+    let mut task = (String::new(), Instant::now());
+    for line in BufReader::new(console).lines() {
+        let line = line.unwrap();
+        let line = line.trim();
+        if let Some(name) = line.strip_prefix("begin ") {
+            task = (name.to_owned(), Instant::now());
+            match name {
+                "network-to-guest-MB" => {
+                    let mut stream = connect(5001);
+                    task.1 = Instant::now();
+                    for _ in 0..512 {
+                        stream.write_all(&[0; 65536]).unwrap();
+                    }
+                    stream.shutdown(Shutdown::Write).unwrap();
+                }
+                "network-to-host-MB" => {
+                    let (mut stream, _) = listener.accept().unwrap();
+                    task.1 = Instant::now();
+                    let count = std::io::copy(&mut stream, &mut std::io::sink()).unwrap();
+                    assert_eq!(count, 32 << 20);
+                }
+                "round-trips" => {
+                    let mut stream = connect(5003);
+                    stream.set_nodelay(true).unwrap();
+                    task.1 = Instant::now();
+                    for _ in 0..300 {
+                        stream.write_all(b"x").unwrap();
+                        stream.read_exact(&mut [0]).unwrap();
+                    }
+                }
+                _ => {}
+            }
+        } else if line == "end" {
+            times.push((task.0.clone(), task.1.elapsed()));
+        } else if line == "done" {
+            assert_eq!(times.len(), AMOUNTS.len());
+            return times;
+        } else {
+            eprintln!("guest: {line}");
+        }
+    }
+    panic!("the guest ended early, after {times:?}");
+}
+
+/// Connects as soon as the guest listens.
+fn connect(port: u16) -> TcpStream {
+    loop {
+        match TcpStream::connect(("10.9.0.2", port)) {
+            Ok(stream) => return stream,
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
