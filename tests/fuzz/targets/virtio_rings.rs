@@ -1,0 +1,82 @@
+//! Any content of guest memory, for the block device, the balloon and the entropy device: rings and
+//! requests, in up to four rounds. The first byte chooses the device and what its driver accepted.
+#![no_main]
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use libfuzzer_sys::fuzz_target;
+use sealpod_vmm::virtio::{Activation, Balloon, Block, Device, EventLoop, Interrupt, Memory, Rng};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Of each queue.
+const SIZE: u16 = 16;
+/// Sectors of the disk.
+const SECTORS: u64 = 64;
+
+struct Deaf;
+
+impl Interrupt for Deaf {
+    fn queue(&self, _: u16) {}
+    fn config(&self) {}
+}
+
+/// All queues share one set of rings: what one of them does, the other finds.
+fn queue() -> Queue {
+    let mut queue = Queue::new(SIZE).expect("a queue");
+    let done = (queue.try_set_desc_table_address(GuestAddress(0x200)))
+        .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(0x300)))
+        .and_then(|()| queue.try_set_used_ring_address(GuestAddress(0x340)));
+    done.expect("aligned addresses");
+    queue.set_ready(true);
+    queue
+}
+
+fn disk(readonly: bool) -> Block {
+    static DISK: OnceLock<std::fs::File> = OnceLock::new();
+    let disk = DISK.get_or_init(|| {
+        let file = tempfile::tempfile().expect("a disk");
+        file.set_len(SECTORS * 512).expect("its size");
+        file
+    });
+    let file = disk.try_clone().expect("a descriptor");
+    assert_eq!(file.metadata().expect("its size").len(), SECTORS * 512);
+    Block::new(file, readonly, "fuzz").expect("a device")
+}
+
+fuzz_target!(|data: &[u8]| {
+    let Some((choice, data)) = data.split_first() else {
+        return;
+    };
+    let device: Arc<Mutex<dyn Device>> = match choice % 4 {
+        0 => Arc::new(Mutex::new(disk(false))),
+        1 => Arc::new(Mutex::new(disk(true))),
+        2 => Arc::new(Mutex::new(Balloon::new())),
+        _ => Arc::new(Mutex::new(Rng::new().expect("a device"))),
+    };
+    let events = EventLoop::new().expect("an event loop");
+    let watch = events.attach(device.clone());
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("memory");
+    let mut device = device.lock().expect("no panic before");
+    let queues = device.queue_sizes().len();
+    let kick = || EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
+    let activation = Activation {
+        memory: Memory::new(memory.clone()),
+        features: u64::from(choice / 4 % 2) << 29 | 1 << 32,
+        queues: (0..queues).map(|_| (queue(), kick())).collect(),
+        interrupt: Arc::new(Deaf),
+        watch,
+    };
+    device.activate(activation).expect("queues that are memory");
+    for image in data.chunks(0x1000).take(4) {
+        memory
+            .write_slice(image, GuestAddress(0x200))
+            .expect("it fits");
+        for queue in 0..queues {
+            device.event(queue as u32);
+        }
+    }
+    device.save().expect("its state");
+    device.reset();
+});
