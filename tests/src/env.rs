@@ -61,7 +61,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let Self {
             kernel,
             initramfs,

@@ -7,6 +7,7 @@
 //! The machine's own containerd, bridges and firewall rules are never touched.
 
 pub mod assets;
+pub mod attest;
 pub mod cni;
 pub mod containerd;
 pub mod cri;

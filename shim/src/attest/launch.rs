@@ -3,6 +3,10 @@
 
 use std::{io, path::PathBuf};
 
+use crate::{
+    config::{self, Config},
+    vm::{self, Driver as _},
+};
 use sealpod_attestation::{
     binding::PublicKey,
     init_data::{self, InitData},
@@ -64,6 +68,43 @@ impl Launch {
             guest_features: FEATURES,
         };
         Ok(measure::snp_launch_digest(&launch)?)
+    }
+}
+
+/// What a pod of this node starts with that QEMU runs: with so many vCPUs, more words for its kernel, and
+/// devices or none (a VM that takes none has no ports for them, which its command line shows).
+pub async fn of_node(config: &Config, vcpus: u32, params: &[String], devices: bool) -> Launch {
+    let hypervisor = &config.hypervisor;
+    let wanted = match hypervisor.accelerator {
+        config::Accelerator::Auto => None,
+        config::Accelerator::Kvm => Some(vm::Accelerator::Kvm),
+        config::Accelerator::Tcg => Some(vm::Accelerator::Tcg),
+    };
+    let state_dir = &config.runtime.state_dir;
+    let mut kernel_params = hypervisor.kernel_params.clone();
+    kernel_params.extend_from_slice(params);
+    let vm = vm::VmConfig {
+        // A pod's folder, as far as a command line goes.
+        dir: state_dir.join("measure"),
+        program: PathBuf::new(),
+        kernel: hypervisor.kernel.clone(),
+        initramfs: hypervisor.initramfs.clone(),
+        kernel_params,
+        vcpus,
+        memory_mib: vm::MEMORY_MIN_MIB,
+        share: None,
+        nics: Vec::new(),
+        netns: None,
+        cgroup: Vec::new(),
+        hotplug_ports: if devices { hypervisor.hotplug_ports } else { 0 },
+        accelerator: vm::choose_accelerator(wanted, state_dir),
+        user: hypervisor.user.get(),
+    };
+    Launch {
+        cmdline: vm::Qemu.cmdline(&vm).await,
+        kernel: vm.kernel,
+        initramfs: vm.initramfs,
+        vcpus,
     }
 }
 

@@ -28,6 +28,8 @@ use crate::{
 
 /// Name of the signing key in [`Attestation::state_dir`].
 const KEY_FILE: &str = "verifier.key";
+/// Its public half, for init-data and for who reads the audit logs.
+const PUBLIC_FILE: &str = "verifier.jwk";
 /// Folder of the audit logs there.
 const AUDIT_DIR: &str = "audit";
 /// Largest file that is read, bytes.
@@ -318,7 +320,13 @@ pub(super) fn signer(state_dir: &Path) -> Result<Signer, SetupError> {
             _ => {}
         }
     }
-    Signer::from_pkcs8(&read(&path)?).map_err(wrong(&path))
+    let signer = Signer::from_pkcs8(&read(&path)?).map_err(wrong(&path))?;
+    let public = state_dir.join(PUBLIC_FILE);
+    if !public.exists() {
+        let jwk = serde_json::to_vec(signer.public()).map_err(wrong(&public))?;
+        fs::write(&public, jwk).map_err(failed("write", &public))?;
+    }
+    Ok(signer)
 }
 
 #[cfg(test)]
@@ -335,7 +343,8 @@ mod tests {
         let meta = fs::metadata(dir.path().join(KEY_FILE)).expect("file");
         assert_eq!(meta.permissions().mode() & 0o777, 0o600);
         let left = fs::read_dir(dir.path()).expect("folder").count();
-        assert_eq!(left, 1);
+        // The key, and its public half.
+        assert_eq!(left, 2);
     }
 
     #[test]

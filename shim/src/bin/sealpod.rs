@@ -7,7 +7,9 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
+use sealpod_attestation::encoding::hex;
 use sealpod_shim::{
+    attest::launch,
     check, config,
     podfile::{self, PodFile},
 };
@@ -34,6 +36,22 @@ enum Subcommands {
         #[arg(long, value_name = "PATH")]
         containerd_config: Option<PathBuf>,
     },
+    /// Print reference values for the pods that this node would start: the launch measurement of an
+    /// SEV-SNP guest with the configured kernel, initramfs and command line
+    Measure {
+        /// Virtual CPUs of the pods
+        #[arg(long, default_value_t = 1)]
+        vcpus: u32,
+        /// A word that the pods add to the kernel's command line; may be given several times
+        #[arg(long = "kernel-param", value_name = "WORD")]
+        kernel_params: Vec<String>,
+        /// The pods ask for devices
+        #[arg(long)]
+        devices: bool,
+        /// Lowest security version of the SNP firmware; the built-in policy demands one
+        #[arg(long, value_name = "SVN")]
+        minimum_snp: Option<u8>,
+    },
     /// List the pods of this node
     List {
         /// As JSON
@@ -55,6 +73,18 @@ fn main() -> ExitCode {
             };
             check(&options, json)
         }
+        Subcommands::Measure {
+            vcpus,
+            kernel_params,
+            devices,
+            minimum_snp,
+        } => measure(
+            arguments.config,
+            vcpus,
+            &kernel_params,
+            devices,
+            minimum_snp,
+        ),
         Subcommands::List { json } => list(arguments.config, json),
     };
     result.unwrap_or_else(|e| {
@@ -87,6 +117,30 @@ fn check(options: &check::Options, json: bool) -> Result {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn measure(
+    config: Option<PathBuf>,
+    vcpus: u32,
+    params: &[String],
+    devices: bool,
+    minimum_snp: Option<u8>,
+) -> Result {
+    let config = config::load(config.as_deref())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    // What is found out about this machine is kept where the shims look for it.
+    std::fs::create_dir_all(&config.runtime.state_dir)?;
+    let launch = runtime.block_on(launch::of_node(&config, vcpus, params, devices));
+    let mut snp = serde_json::json!({ "measurement": [hex(&launch.measurement()?)] });
+    if let Some(svn) = minimum_snp {
+        snp["limits"] = serde_json::json!({ "minimum_tcb": { "snp": svn } });
+    }
+    let references = serde_json::json!({ "snp": snp });
+    println!("{}", serde_json::to_string_pretty(&references)?);
+    eprintln!("command line: {}", launch.cmdline);
+    Ok(ExitCode::SUCCESS)
 }
 
 fn list(config: Option<PathBuf>, json: bool) -> Result {

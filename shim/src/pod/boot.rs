@@ -132,7 +132,8 @@ pub(super) async fn boot(
     let listener = UnixListener::bind(&dialled).map_err(|e| failed(&e))?;
     let mut config = vm_config(pod, &plan, network, cgroup, share, taps)?;
     let driver = driver(&plan, &mut config)?;
-    let attested = attestation(pod, &plan, request, &config).await?;
+    let cmdline = driver.cmdline(&config).await;
+    let attested = attestation(pod, &plan, request, &config, cmdline)?;
     let started = driver.start(config, ledger).await;
     let vm = taken.vm.insert(started.map_err(|e| failed(&e))?);
     pod.timeline.mark(Mark::VmCreated);
@@ -287,16 +288,17 @@ fn mark_guest_times(pod: &Pod, hello: &agent::HelloResponse) {
 }
 
 /// What the pod is attested by: what it starts with, what it brings, what the node has.
-async fn attestation(
+fn attestation(
     pod: &Pod,
     plan: &Plan,
     request: &BootRequest,
     config: &vm::VmConfig,
+    cmdline: String,
 ) -> Result<Settings> {
     let launch = Launch {
         kernel: config.kernel.clone(),
         initramfs: config.initramfs.clone(),
-        cmdline: vm::cmdline(config).await,
+        cmdline,
         vcpus: config.vcpus,
     };
     let uid = request.annotations.get(spec::SANDBOX_UID);

@@ -42,6 +42,10 @@ pub struct Builtin;
 
 #[async_trait]
 impl Driver for Builtin {
+    async fn cmdline(&self, config: &VmConfig) -> String {
+        cmdline(config)
+    }
+
     async fn start(&self, config: VmConfig, ledger: &Ledger) -> Result<Arc<dyn Vm>, VmError> {
         if config.accelerator != Accelerator::Kvm {
             return Err(VmError::Config {

@@ -37,7 +37,7 @@ use crate::ledger::{Ledger, LedgerError};
 pub use builtin::Builtin;
 pub use check::find_program;
 pub use image::{ImageError, check_initramfs, check_kernel};
-pub use qemu::{Qemu, cmdline};
+pub use qemu::Qemu;
 
 /// Least memory of a guest, MiB: below it the kernel, its root and the agent do not come up.
 pub const MEMORY_MIN_MIB: u64 = 64;
@@ -286,6 +286,8 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// [`VmError`]; then nothing of the VM is left.
     async fn start(&self, config: VmConfig, ledger: &Ledger) -> Result<Arc<dyn Vm>, VmError>;
+    /// The kernel's command line of such a VM: a part of what is measured.
+    async fn cmdline(&self, config: &VmConfig) -> String;
 }
 
 /// A VM that was started. Dropping the last reference kills it.

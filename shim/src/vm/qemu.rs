@@ -34,6 +34,10 @@ pub struct Qemu;
 
 #[async_trait]
 impl Driver for Qemu {
+    async fn cmdline(&self, config: &VmConfig) -> String {
+        cmdline(config).await
+    }
+
     async fn start(&self, config: VmConfig, ledger: &Ledger) -> Result<Arc<dyn Vm>, VmError> {
         let cmdline = cmdline(&config).await;
         check(&config, &cmdline)?;
@@ -76,7 +80,7 @@ impl Driver for Qemu {
 }
 
 /// The guest's command line. The first time after a boot of the host, a measurement blocks.
-pub async fn cmdline(config: &VmConfig) -> String {
+async fn cmdline(config: &VmConfig) -> String {
     let state_dir = config.dir.parent().unwrap_or(&config.dir).to_owned();
     let tsc_khz = match config.accelerator {
         Accelerator::Kvm => None,

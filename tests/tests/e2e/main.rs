@@ -6,6 +6,7 @@
     reason = "a test that cannot go on fails with the error"
 )]
 
+mod attestation;
 mod bad_input;
 mod cri_files;
 mod cri_pod;
