@@ -7,6 +7,8 @@ use aws_lc_rs::signature::{
     ECDSA_P384_SHA384_FIXED, RSA_PSS_2048_8192_SHA384, UnparsedPublicKey, VerificationAlgorithm,
 };
 
+use crate::memo::Memo;
+
 /// Signature algorithms that the formats of this room use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SignatureAlgorithm {
@@ -46,6 +48,56 @@ impl PublicKey<'_> {
             }
             _ => false,
         }
+    }
+
+    /// As [`Self::verify`], for what many pieces of evidence share: a signature that was found good is
+    /// not verified again.
+    pub fn verify_endorsement(
+        &self,
+        algorithm: SignatureAlgorithm,
+        message: &[u8],
+        signature: &[u8],
+    ) -> bool {
+        self.remembered(algorithm as u8, message, signature, || {
+            self.verify(algorithm, message, signature)
+        })
+    }
+
+    /// As [`Self::verify_fixed`], for what many pieces of evidence share.
+    pub fn verify_endorsement_fixed(&self, message: &[u8], signature: &[u8]) -> bool {
+        const FIXED: u8 = 0xff;
+        self.remembered(FIXED, message, signature, || {
+            self.verify_fixed(message, signature)
+        })
+    }
+
+    fn remembered(
+        &self,
+        form: u8,
+        message: &[u8],
+        signature: &[u8],
+        verify: impl FnOnce() -> bool,
+    ) -> bool {
+        static GOOD: Memo<()> = Memo::new(8192);
+        let (kind, key) = match self {
+            Self::P256(key) => (0, key),
+            Self::P384(key) => (1, key),
+            Self::Rsa(key) => (2, key),
+        };
+        let mut digest = Digest384::new();
+        for part in [&[kind, form][..], key, message, signature] {
+            digest.add(&(part.len() as u64).to_le_bytes());
+            digest.add(part);
+        }
+        let id = digest.finish();
+        if GOOD.get(&id).is_some() {
+            return true;
+        }
+        let good = verify();
+        if good {
+            GOOD.put(id, ());
+        }
+        good
     }
 
     /// As [`Self::verify`], for an ECDSA signature that is `r ‖ s`, big endian, of fixed length.

@@ -35,6 +35,8 @@ pub mod kbs;
 #[cfg(feature = "verify")]
 pub mod measure;
 #[cfg(feature = "verify")]
+mod memo;
+#[cfg(feature = "verify")]
 pub mod nvidia;
 #[cfg(feature = "verify")]
 pub mod ocsp;

@@ -161,7 +161,10 @@ impl<'a> OcspResponse<'a> {
             .iter()
             .find(|a| a.is_about(certificate, issuer))
             .ok_or(OcspError::OtherCertificate)?;
-        let signed = |by: &Certificate<'_>| by.key.verify(self.algorithm, self.tbs, self.signature);
+        let signed = |by: &Certificate<'_>| {
+            by.key
+                .verify_endorsement(self.algorithm, self.tbs, self.signature)
+        };
         let delegated = || {
             self.responders.iter().any(|r| {
                 r.signed_by(issuer)

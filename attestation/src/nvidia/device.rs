@@ -1,5 +1,7 @@
 //! One device: report, certificate chain, firmware id, revocation, manifests, measurements.
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use super::evidence::Device;
@@ -47,7 +49,7 @@ pub(super) struct Checked {
 /// What devices are verified with.
 pub(super) struct Context<'a> {
     pub collateral: &'a Collateral,
-    pub rims: &'a [Rim],
+    pub rims: &'a [Arc<Rim>],
     pub policy: &'a NvidiaPolicy,
     pub anchors: &'a TrustAnchors,
     pub now: Timestamp,

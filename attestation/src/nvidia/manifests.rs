@@ -1,6 +1,8 @@
 //! A device's measurements compared with the golden values of its manifests, after the manifests
 //! themselves were verified.
 
+use std::sync::Arc;
+
 use super::device::{Context, Kind, check_revocation};
 use super::report::Report;
 use super::rim::{Rim, RimKind};
@@ -37,12 +39,11 @@ pub(super) fn check(
         let version = version.unwrap_or_else(|| "(no version in the report)".into());
         let of_kind = |r: &&Rim| r.kind == *rim_kind;
         // The one for this version, or else any of its kind: the checks then say what differs.
-        let exact = context
-            .rims
-            .iter()
+        let rims = || context.rims.iter().map(Arc::as_ref);
+        let exact = rims()
             .filter(of_kind)
             .find(|r| r.version.eq_ignore_ascii_case(&version) && r.product == chip);
-        match exact.or_else(|| context.rims.iter().find(of_kind)) {
+        match exact.or_else(|| rims().find(of_kind)) {
             Some(rim) => {
                 check_rim(checks, name, rim, chip, &version, context);
                 used.push(rim);

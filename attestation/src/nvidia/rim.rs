@@ -3,11 +3,13 @@
 //! the whole document, Canonical XML 1.1, ECDSA P-384 with SHA-384).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::xml::{Element, XmlError};
 use crate::anchors::Pin;
 use crate::crypto::sha384;
 use crate::encoding::{self, EncodingError};
+use crate::memo::Memo;
 use crate::time::Timestamp;
 use crate::x509::{self, Certificate, ChainError, X509Error};
 
@@ -148,6 +150,21 @@ impl Rim {
         })
     }
 
+    /// As [`Self::parse`]; a manifest that was read before is not read again.
+    ///
+    /// # Errors
+    /// When it is not a manifest of the known form.
+    pub fn read(bytes: &[u8]) -> Result<Arc<Self>, RimError> {
+        static READ: Memo<Arc<Rim>> = Memo::new(512);
+        let id = sha384(bytes);
+        if let Some(rim) = READ.get(&id) {
+            return Ok(rim);
+        }
+        let rim = Arc::new(Self::parse(bytes)?);
+        READ.put(id, Arc::clone(&rim));
+        Ok(rim)
+    }
+
     /// Checks the signer's chain to a pinned root at `now`; says nothing about the content. Returns
     /// the earliest end of validity in the chain.
     ///
@@ -179,7 +196,10 @@ impl Rim {
             ));
         }
         let signer = Certificate::parse(self.chain.first().map_or(&[], Vec::as_slice))?;
-        if !signer.key.verify_fixed(&self.signed_info, &self.signature) {
+        if !signer
+            .key
+            .verify_endorsement_fixed(&self.signed_info, &self.signature)
+        {
             return Err(RimSignatureError::Signature(signer.label()));
         }
         Ok(())

@@ -48,7 +48,7 @@ pub fn verify(
     let mut checks = Checks::new(Tee::Nvidia);
     let mut rims = Vec::new();
     for bytes in &collateral.rims {
-        match Rim::parse(bytes) {
+        match Rim::read(bytes) {
             Ok(rim) => rims.push(rim),
             Err(error) => checks.unreadable("rim-format", "a reference integrity manifest", &error),
         }

@@ -132,7 +132,7 @@ impl Signed<'_> {
             .is_some_and(|n| n.ends_with("TCB Signing"))
             && signer
                 .key
-                .verify_fixed(self.text.as_bytes(), self.signature);
+                .verify_endorsement_fixed(self.text.as_bytes(), self.signature);
         if !authentic {
             return Err(CollateralFault::Signature);
         }

@@ -100,7 +100,9 @@ impl<'a> Crl<'a> {
         let crl_sign = issuer.key_usage().is_none_or(|bits| bits & 0x02 != 0);
         if self.issuer != issuer.subject
             || !crl_sign
-            || !issuer.key.verify(self.algorithm, self.tbs, self.signature)
+            || !issuer
+                .key
+                .verify_endorsement(self.algorithm, self.tbs, self.signature)
         {
             return Err(CrlError::Signature(issuer.label()));
         }

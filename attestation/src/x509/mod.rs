@@ -193,7 +193,10 @@ impl<'a> Certificate<'a> {
 
     /// Whether `issuer`'s key made this certificate's signature and `issuer` is the one it names.
     pub fn signed_by(&self, issuer: &Certificate<'_>) -> bool {
-        self.issuer == issuer.subject && issuer.key.verify(self.algorithm, self.tbs, self.signature)
+        self.issuer == issuer.subject
+            && issuer
+                .key
+                .verify_endorsement(self.algorithm, self.tbs, self.signature)
     }
 
     /// Whether `now` is within the validity period.
