@@ -19,7 +19,7 @@ build: guest ## Build everything: guest kernel, agent, initramfs, virtiofsd, shi
 	$(SAY) "virtiofsd"
 	@shim/get-virtiofsd.sh >/dev/null
 	$(SAY) "shim and VMM"
-	@cargo build --release -p sealpod-shim -p sealpod-vmm
+	@cargo build --release -p sealpod-shim -p sealpod-vmm -p sealpod-attestation
 
 guest-kernel:
 	@$(SETUP) build

@@ -25,7 +25,7 @@ pub(crate) struct Bench {
     initramfs: PathBuf,
 }
 
-fn guest_file(name: &str) -> PathBuf {
+pub(crate) fn guest_file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../target/guest")
         .join(name)
@@ -41,7 +41,7 @@ pub(crate) fn driver() -> &'static dyn Driver {
     if builtin().is_some() { &Builtin } else { &Qemu }
 }
 
-fn skip(reason: &str) -> Option<Bench> {
+pub(crate) fn skip(reason: &str) -> Option<Bench> {
     eprintln!("SKIPPED: {reason}");
     None
 }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 mod bench;
+mod gates;
 mod share;
 
 use std::path::Path;

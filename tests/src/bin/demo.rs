@@ -8,7 +8,13 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use sealpod_tests::{Env, Version, assets, image, stats::smaps_kib, wait};
+use sealpod_tests::{
+    Env, Version, assets,
+    attest::{CONTENT, DEVICE},
+    image,
+    stats::smaps_kib,
+    wait,
+};
 use serde_json::Value;
 
 fn step(text: &str) {
@@ -112,6 +118,49 @@ fn main() -> Result<()> {
         println!("    {line}");
     }
     table.print();
+    gates(version)
+}
+
+/// The two gates: a device released after attestation, a pod refused, the audit log verified.
+fn gates(version: Version) -> Result<()> {
+    step("A node with a simulated TEE, and a device that only affirmed pods get");
+    let env = Env::attesting(version)?;
+    println!("  reference values by `sealpod measure`, authority by `sealpod-attest simulate`");
+    let device = format!("io.sealpod.attestation.devices={DEVICE}");
+    let read = format!("head -c {} /dev/gpu0", CONTENT.len());
+    let run = |id: &str, more: &[&str]| {
+        let options = [&["--annotation", &device], more].concat();
+        env.ctr_run(&options, &env.id(id), &["sh", "-c", &read])
+    };
+
+    step(
+        "A pod that asks for the device: attested, admitted by both gates, and the device used inside",
+    );
+    let begin = Instant::now();
+    let done = run("gpu", &[]).ok();
+    show(
+        &format!("ctr run --annotation {device} ... {read}"),
+        &done.stdout,
+    );
+    println!("  {} ms from request to end", begin.elapsed().as_millis());
+
+    step("The same pod with one more word on its kernel's command line: another measurement");
+    let more = "io.sealpod.kernel_params=one.more=word";
+    let done = run("other", &["--annotation", more]);
+    if done.code == 0 {
+        bail!("The pod was not refused");
+    }
+    show(&format!("ctr run --annotation {more} ..."), &done.stderr);
+
+    step("What was decided, and that nobody changed it since");
+    for log in env.audit_logs() {
+        let log = log.to_string_lossy();
+        let args = ["audit", "show", "--key", &env.verifier_key(), &log];
+        show(
+            "sealpod-attest audit show",
+            &env.run("sealpod-attest", &args).ok().stdout,
+        );
+    }
     Ok(())
 }
 
