@@ -22,6 +22,8 @@ const TIME_STEPS: NonZeroU32 = NonZeroU32::new(1024).expect("not zero");
 const DEFAULT: &str = include_str!("default.rego");
 const ALLOW: &str = "data.sealpod.allow";
 const DENY: &str = "data.sealpod.deny";
+/// What regorus says of a rule that a policy does not have; a test holds it to that.
+const NO_SUCH_RULE: &str = "not a valid rule path";
 
 /// Why a policy cannot be used, or did not come to a decision.
 #[derive(Debug, thiserror::Error)]
@@ -114,16 +116,22 @@ impl Policy {
         let mut engine = self.engine.clone();
         engine.set_input(regorus::Value::from(input.clone()));
         let allow = engine.eval_rule(ALLOW.into()).map_err(|e| failed(&e))?;
-        // A policy without a set of reasons is fine.
-        let deny = engine.eval_rule(DENY.into()).ok();
         let mut reasons: Vec<String> = Vec::new();
-        if let Some(deny) = deny.as_ref().and_then(|d| d.as_set().ok()) {
-            for reason in deny.iter() {
-                reasons.push(reason.as_string().map_or_else(
-                    |_| one_line(&reason.to_string()),
-                    |text| one_line(text.as_ref()),
-                ));
+        match engine.eval_rule(DENY.into()) {
+            // No reason.
+            Ok(regorus::Value::Undefined) => {}
+            Ok(regorus::Value::Set(deny)) => {
+                for reason in deny.iter() {
+                    reasons.push(reason.as_string().map_or_else(
+                        |_| one_line(&reason.to_string()),
+                        |text| one_line(text.as_ref()),
+                    ));
+                }
             }
+            Ok(_) => return Err(failed(&"deny is not a set")),
+            // A policy without a set of reasons is fine; one whose reasons fail is not.
+            Err(error) if error.to_string() == NO_SUCH_RULE => {}
+            Err(error) => return Err(failed(&error)),
         }
         let allow = allow == regorus::Value::from(true) && reasons.is_empty();
         if !allow && reasons.is_empty() {
@@ -210,6 +218,19 @@ mod tests {
             "tcb-minimum",
         );
         refused(&|i| i["cpu"]["tee"] = "sev".into(), "sev");
+        // Whatever is missing is not as it should be.
+        refused(&|i| i["cpu"] = Value::Null, "no rule");
+        refused(
+            &|i| drop(i.as_object_mut().unwrap().remove("cpu")),
+            "no rule",
+        );
+        refused(&|i| i["cpu"]["checks"] = Value::Null, "measurement");
+        refused(&|i| i["cpu"]["claims"] = Value::Null, "debug");
+        refused(&|i| i["simulated"] = Value::Null, "simulated anchors");
+        refused(
+            &|i| drop(i.as_object_mut().unwrap().remove("gpus")),
+            "no list of devices",
+        );
         refused(
             &|i| i["gpus"] = json!([{"device_id": "g1", "checks": {"nonce": "pass"}}]),
             "g1",
@@ -251,6 +272,17 @@ mod tests {
                 reasons: vec!["never".into()]
             }
         );
+        // Reasons that cannot be found out, and reasons that are none, allow nothing.
+        for deny in [
+            "deny contains x if some x in numbers.range(1, to_number(input.n))",
+            "deny := [\"a list\"]",
+        ] {
+            let text = format!("package sealpod\nimport rego.v1\nallow := true\n{deny}");
+            let result = Policy::from_rego(&text)
+                .unwrap()
+                .evaluate(&json!({"n": "x"}));
+            assert!(result.is_err(), "{deny}: {result:?}");
+        }
         let text = "package sealpod\nimport rego.v1\nallow if {\n\tsome a in numbers.range(1, input.n)\n\tsome b in numbers.range(1, input.n)\n\tsome c in numbers.range(1, input.n)\n\ta + b + c == 0\n}";
         let endless = Policy::from_rego(text).unwrap();
         assert!(endless.evaluate(&json!({"n": 3000})).is_err());
