@@ -12,3 +12,4 @@ mod lab;
 mod lifecycle;
 mod load;
 mod pods;
+mod policies;
