@@ -1,6 +1,6 @@
 //! Lets go of disks that are about to be taken from the guest: a slot that is powered down is empty at
 //! once, one that the host asks for gives people 5 s to press its button again (PCIe base
-//! specification, 6.7.1.5).
+//! specification, 6.7.1.5). A virtio-mmio slot is let go of by its driver.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,14 +15,18 @@ pub(super) async fn eject(serials: Vec<String>) {
     // The kernel waits a second for the power to be gone.
     let done = tokio::task::spawn_blocking(move || {
         for serial in serials {
-            let slot = slot(
-                Path::new("/sys/block"),
-                Path::new("/sys/bus/pci/slots"),
-                &serial,
-            );
-            let Some(slot) = slot else { continue };
-            if let Err(e) = fs::write(slot.join("power"), "0") {
-                log!("power down {}: {e}", slot.display());
+            let Some(place) = place(Path::new("/sys/block"), &serial) else {
+                continue;
+            };
+            let done = if let Some(slot) = slot(Path::new("/sys/bus/pci/slots"), &place) {
+                fs::write(slot.join("power"), "0")
+            } else if let Some(slot) = mmio_slot(&place) {
+                fs::write("/sys/bus/platform/drivers/virtio-mmio/unbind", slot)
+            } else {
+                Ok(())
+            };
+            if let Err(e) = done {
+                log!("let go of {}: {e}", place.display());
             }
         }
     });
@@ -31,19 +35,29 @@ pub(super) async fn eject(serials: Vec<String>) {
     }
 }
 
-/// The hot-plug slot that holds the disk; none where it is not behind one.
-fn slot(block: &Path, slots: &Path, serial: &str) -> Option<PathBuf> {
+/// Where the disk is among the devices.
+fn place(block: &Path, serial: &str) -> Option<PathBuf> {
     let disk = fs::read_dir(block).ok()?.flatten().find(|entry| {
         let found = fs::read_to_string(entry.path().join("serial"));
         found.is_ok_and(|found| found.trim_end() == serial)
     })?;
-    let place = fs::canonicalize(disk.path()).ok()?;
+    fs::canonicalize(disk.path()).ok()
+}
+
+/// The hot-plug slot that holds the disk; none where it is not behind one.
+fn slot(slots: &Path, place: &Path) -> Option<PathBuf> {
     fs::read_dir(slots).ok()?.flatten().find_map(|entry| {
         let address = fs::read_to_string(entry.path().join("address")).ok()?;
         let function = format!("{}.0", address.trim_end());
         let holds = place.iter().any(|part| part == function.as_str());
         holds.then(|| entry.path())
     })
+}
+
+/// The virtio-mmio slot that holds the disk.
+fn mmio_slot(place: &Path) -> Option<&str> {
+    let mut parts = place.iter().filter_map(|part| part.to_str());
+    parts.find(|part| part.starts_with("virtio-mmio."))
 }
 
 #[cfg(test)]
@@ -73,8 +87,12 @@ mod tests {
             fs::create_dir_all(slots.join(number)).expect("folder");
             fs::write(slots.join(number).join("address"), address).expect("written");
         }
-        assert_eq!(slot(&block, &slots, "data-1"), Some(slots.join("1")));
-        assert_eq!(slot(&block, &slots, "fixed"), None);
-        assert_eq!(slot(&block, &slots, "data"), None);
+        let [data, fixed] = ["data-1", "fixed"].map(|s| place(&block, s).expect("there"));
+        assert_eq!(slot(&slots, &data), Some(slots.join("1")));
+        assert_eq!(slot(&slots, &fixed), None);
+        assert_eq!(place(&block, "data"), None);
+        assert_eq!(mmio_slot(&data), None);
+        let mmio = Path::new("/sys/devices/virtio-mmio-cmdline/virtio-mmio.3/virtio3/block/vda");
+        assert_eq!(mmio_slot(mmio), Some("virtio-mmio.3"));
     }
 }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sealpod_tests::{Env, Version, assets, need, only_sealpod, wait};
+use sealpod_tests::{Env, Version, assets, namespaces::Process, need, only_sealpod, wait};
 
 use crate::on_every_containerd;
 
@@ -30,14 +30,19 @@ enum Moment {
 const NOTICED: Duration = Duration::from_secs(20);
 
 impl Victim {
-    /// What its command line holds.
-    fn mark(self) -> &'static str {
+    /// What its command line holds; a VM is run by one of two programs.
+    fn marks(self) -> &'static [&'static str] {
         match self {
-            Self::Shim => "containerd-shim-sealpod-v2",
-            Self::Vm => "qemu-system-x86_64",
-            Self::Virtiofsd => "virtiofsd",
-            Self::Containerd => "--config",
+            Self::Shim => &["containerd-shim-sealpod-v2"],
+            Self::Vm => &["qemu-system-x86_64", "sealpod-vmm"],
+            Self::Virtiofsd => &["virtiofsd"],
+            Self::Containerd => &["--config"],
         }
+    }
+
+    fn processes(self, env: &Env) -> Vec<Process> {
+        let marks = self.marks().iter();
+        marks.flat_map(|mark| env.processes(mark)).collect()
     }
 
     /// Kills all that it consists of; `false` where it does not run.
@@ -46,7 +51,7 @@ impl Victim {
             env.containerd.kill();
             return true;
         }
-        let found = env.processes(self.mark());
+        let found = self.processes(env);
         for process in &found {
             env.namespaces.kill(process.pid, "KILL");
         }
@@ -74,7 +79,7 @@ fn survives(version: Version, victim: Victim, moment: Moment) {
                 victim
             };
             wait::until("the victim is there", NOTICED, || {
-                (!env.processes(wanted.mark()).is_empty()).then_some(())
+                (!wanted.processes(&env).is_empty()).then_some(())
             });
             victim.kill(&mut env);
             let status = wait::until("the client ends", Duration::from_secs(60), || {
@@ -233,7 +238,7 @@ mod bodies {
         assert!(done.stdout.contains("overwriting"), "{}", done.text());
         assert_ne!(done.code, 0, "{}", done.text());
         assert_ne!(done.code, 124, "the client hung: {}", done.text());
-        assert!(env.processes(Victim::Vm.mark()).is_empty());
+        assert!(Victim::Vm.processes(&env).is_empty());
         env.assert_clean();
     }
 }
