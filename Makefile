@@ -1,6 +1,6 @@
 # The commands of the project. Each does all of its own set-up on a Debian 12 machine with Rust, as
 # root, and shows progress on what takes long; a second run repeats nothing.
-.PHONY: help build guest-kernel guest demo test lint bench lab shell install clean
+.PHONY: help build guest-kernel guest demo test lint bench lab bench-lab shell install clean
 .DEFAULT_GOAL := help
 
 PREFIX ?= /usr/local
@@ -53,6 +53,12 @@ bench: build ## Measure starts, execs and memory against runc: target/bench/star
 
 lab: build ## Run RUN, by default the tests that need KVM, on a real KVM: docs/lab.md
 	@$(if $(RUN),tests/lab/run.sh $(RUN),tests/lab/tests.sh)
+
+bench-lab: build ## Measure sealpod-vmm against QEMU on a real KVM: target/bench/vmm.json
+	@$(SETUP) clients
+	@initramfs/pack.sh --floor
+	@cargo build -q --profile test -p sealpod-tests --bin bench_vmm
+	@tests/lab/run.sh -o target/bench $(CURDIR)/target/debug/bench_vmm $(CURDIR)/target/bench $(OTHER)
 
 shell: build ## A shell with a private containerd whose default runtime is sealpod
 	@$(SETUP) clients

@@ -6,8 +6,10 @@
 //            -no-reboot turns into its end
 //   kmsg     first write the kernel's log to the console
 //   tsc      first write the time stamp counter to the console, in decimal
+//   stay     say so on the console and stay
 //   panic    end by exiting, which makes the kernel panic
 #define SYS_write 1
+#define SYS_pause 34
 #define SYS_exit 60
 #define SYS_syslog 103
 #define SYS_reboot 169
@@ -77,7 +79,12 @@ __attribute__((used)) static void run(long *stack)
 		else if (same(argv[i], "kmsg"))
 			write_all(log_text, call(SYS_syslog, SYSLOG_ACTION_READ_ALL,
 						 (long)log_text, sizeof log_text, 0));
-		else if (same(argv[i], "panic"))
+		else if (same(argv[i], "stay")) {
+			static const char stays[] = "init stays\n";
+			write_all(stays, sizeof stays - 1);
+			for (;;)
+				call(SYS_pause, 0, 0, 0, 0);
+		} else if (same(argv[i], "panic"))
 			call(SYS_exit, 0, 0, 0, 0);
 	}
 	call(SYS_reboot, MAGIC1, MAGIC2, how, 0);

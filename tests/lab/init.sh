@@ -13,6 +13,8 @@ $run mount -t tmpfs -o mode=755,size=70% writes /writes
 $run mkdir /writes/upper /writes/work
 $run mount -t overlay -o lowerdir=/lower,upperdir=/writes/upper,workdir=/writes/work lab /root ||
     exec $run poweroff -f
+# No overlay of an overlay: what tests put below /tmp (a containerd) needs a file system of its own.
+$run mount -t tmpfs -o mode=1777,size=50% tmp /root/tmp
 $run mkdir -p "/root$results"
 $run mount -t virtiofs results "/root$results" || exec $run poweroff -f
 $run mount --move /dev /root/dev
