@@ -4,13 +4,17 @@
 
 use std::path::{Path, PathBuf};
 
+use sealpod_attestation::init_data::InitData;
 use sealpod_attestation::nvidia::{self, Device, Element, NvidiaPolicy, Rim};
 use sealpod_attestation::ocsp::OcspResponse;
+use sealpod_attestation::policy::Policy;
 use sealpod_attestation::reference::ReferenceValues;
 use sealpod_attestation::snp::{self, SnpPolicy};
 use sealpod_attestation::tdx::{self, Bundle, TdReport, TdxPolicy};
 use sealpod_attestation::x509::{Certificate, Crl};
-use sealpod_attestation::{Collateral, Timestamp, TrustAnchors, encoding};
+use sealpod_attestation::{
+    Collateral, Timestamp, TrustAnchors, encoding, evidence, measure, token,
+};
 
 /// Xorshift: small, and the same everywhere.
 struct Random(u64);
@@ -42,6 +46,10 @@ fn feed(bytes: &[u8]) -> bool {
     let _ = Rim::parse(bytes);
     let _ = Element::parse(bytes).map(|e| e.canonical(&|_| false));
     let _ = TdReport::parse(bytes);
+    let _ = measure::mr_td(bytes);
+    let _ = measure::rtmr1(bytes);
+    let _ = InitData::parse(bytes);
+    let _ = evidence::Bundle::from_json(bytes);
     let _ = snp::cert_table(bytes);
     let _ = tdx::parse_event_log(bytes).map(|e| tdx::replay(&e));
     let _ = Collateral::default().add(bytes);
@@ -51,6 +59,8 @@ fn feed(bytes: &[u8]) -> bool {
         let _ = TrustAnchors::from_file_text(text);
         let _ = nvidia::parse_evidence_json(text);
         let _ = encoding::pem_blocks(text);
+        let _ = token::peek(text);
+        let _ = Policy::from_rego(text);
         let _ = text.parse::<Timestamp>();
     }
     let device = Device {

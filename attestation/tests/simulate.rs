@@ -294,3 +294,45 @@ fn a_node_with_protected_pcie_is_accepted_and_a_stranger_among_its_switches_refu
     let verdict = verify(&devices);
     assert!(failures(&verdict).iter().any(|f| f.starts_with("ppcie-")));
 }
+
+/// Formats that no public evidence has: every byte counts there too.
+#[test]
+fn every_changed_byte_of_simulated_evidence_is_refused() {
+    let flip = |bytes: &[u8], at: usize| {
+        let mut bytes = bytes.to_vec();
+        bytes[at] ^= 1 << (at % 8);
+        bytes
+    };
+    let anchors = anchors();
+    for (product, version, vlek) in [(Product::Genoa, 4, true), (Product::Turin, 5, false)] {
+        let minted = ca()
+            .mint_snp(&snp_claims(product, version, vlek), None)
+            .unwrap();
+        let pile = pile(&minted);
+        for at in 0..minted.report.len() {
+            let report = flip(&minted.report, at);
+            let verdict = snp::verify(&report, &pile, &SnpPolicy::default(), &anchors, NOW);
+            assert!(!verdict.accepted(), "{product} v{version}: byte {at}");
+        }
+    }
+    let minted = ca().mint_tdx(&tdx_claims(TdxForm::V5Td15Ex), None).unwrap();
+    let pile = pile(&minted);
+    for at in 0..minted.report.len() {
+        let quote = flip(&minted.report, at);
+        let verdict = tdx::verify(&quote, &pile, &TdxPolicy::default(), &anchors, NOW);
+        assert!(!verdict.accepted(), "TD 1.5ex: byte {at}");
+    }
+    let minted = ca().mint_gpu(&gpu_claims("GB100"), None).unwrap();
+    let mut pile = self::pile(&minted);
+    let mut device = Device {
+        chain: std::mem::take(&mut pile.certificates),
+        ..Device::default()
+    };
+    for at in 0..minted.report.len() {
+        device.report = flip(&minted.report, at);
+        let policy = NvidiaPolicy::default();
+        let one = std::slice::from_ref(&device);
+        let verdict = nvidia::verify(one, &pile, &policy, &anchors, NOW);
+        assert!(!verdict.accepted(), "GB100: byte {at}");
+    }
+}
