@@ -1,17 +1,15 @@
 //! The host gate of one pod: one task owns what was affirmed, what was released, and until when.
 
 use std::{
-    path::Path,
     sync::{Arc, Weak},
     time::Duration,
 };
 
-use oci_spec::runtime::Spec;
 use sealpod_attestation::{
     appraise::{Appraisal, VerifierError},
     audit::Record,
     evidence::Bundle,
-    init_data::{self, InitData},
+    init_data,
     token::{self, Expected},
 };
 use sealpod_protocol::agent;
@@ -19,102 +17,17 @@ use tokio::time::Instant;
 
 use super::{
     AttestError,
-    launch::{self, Launch},
     release::{self, Release},
-    simulator::Simulator,
+    settings::Settings,
     verifier::{Appraiser, unix_now},
-    wanted::{self, Wanted, WantedError},
+    wanted::Wanted,
 };
-use crate::{
-    annotations::Name,
-    config::{self, Attestation, OnLoss},
-    guest::Guest,
-    pod::Pod,
-};
+use crate::{config::OnLoss, guest::Guest, pod::Pod};
 
 /// A verifier that cannot be reached is asked again after this, while the lease lasts.
 const RETRY: Duration = Duration::from_secs(2);
 /// How long the guest may take to let go of a device before its VM is ended.
 const LET_GO: Duration = Duration::from_secs(15);
-
-/// What a pod is attested by. Fixed when its VM starts.
-#[derive(Debug)]
-pub struct Settings {
-    config: Attestation,
-    allow: Vec<Name>,
-    policy: config::Policy,
-    /// The pod has to be affirmed even if it wants no device.
-    required: bool,
-    /// By which the verifier knows the pod.
-    pub pod_uid: String,
-    /// Raw.
-    pub init_data: Vec<u8>,
-    simulator: Option<Simulator>,
-    log_name: String,
-}
-
-impl Settings {
-    /// Decides them, and starts the simulator where the configuration has one, in the pod's folder `dir`.
-    ///
-    /// # Errors
-    /// What is wrong with the configuration or the pod's wishes.
-    pub fn new(
-        node: &config::Config,
-        policy: Option<&str>,
-        init_data: Option<Vec<u8>>,
-        (namespace, id, uid): (&str, &str, Option<&str>),
-        dir: &Path,
-        launch: Launch,
-    ) -> Result<Self, AttestError> {
-        let config = &node.attestation;
-        let named = policy.unwrap_or(config::DEFAULT_POLICY);
-        let simulated = !config.simulator.as_os_str().is_empty();
-        let required = policy.is_some();
-        let policy = super::check_policy(config, named)?;
-        let init_data = match init_data {
-            Some(raw) => {
-                InitData::parse(&raw)?;
-                raw
-            }
-            None if !config.is_configured() && !required => Vec::new(),
-            None if config.verifier.is_empty() => {
-                let key = super::verifier_key(config)?;
-                launch::default_init_data(&key, &config.audience, simulated)
-            }
-            // Whom to believe only the pod's owner can say.
-            None => Vec::new(),
-        };
-        let simulator = match simulated {
-            true => Some(Simulator::start(
-                dir,
-                &config.simulator,
-                &config.simulator_defect,
-                launch,
-                &init_data,
-            )?),
-            false => None,
-        };
-        let pod_uid = uid.map_or_else(|| format!("{namespace}/{id}"), str::to_owned);
-        Ok(Self {
-            config: config.clone(),
-            allow: node.annotations.allow.clone(),
-            policy,
-            required,
-            pod_uid,
-            init_data,
-            simulator,
-            log_name: format!("{namespace}-{id}"),
-        })
-    }
-
-    /// Takes the devices that a container of the pod asks for out of its specification.
-    ///
-    /// # Errors
-    /// [`WantedError`], naming the device.
-    pub fn wanted(&self, spec: &mut Spec) -> Result<Vec<Wanted>, WantedError> {
-        wanted::take(spec, &self.allow, &self.config)
-    }
-}
 
 /// The answer of a round.
 struct Affirmed {

@@ -10,7 +10,7 @@
 //! ```
 //! A round is a nonce of the verifier, evidence of the guest, the verifier's word, the token checked.
 //! [`launch`] is what evidence is about, [`verifier`] who judges it, [`release`] how a device moves,
-//! [`simulator`] what stands in for a TEE. What is decided is in the pod's audit log.
+//! [`settings`] what it goes by, [`simulator`] what stands in for a TEE. What is decided is in the pod's audit log.
 
 pub mod launch;
 pub mod release;
@@ -21,10 +21,12 @@ pub mod wanted;
 #[cfg(test)]
 mod fake;
 mod gate;
+mod settings;
 #[cfg(test)]
 mod tests;
 
-pub use gate::{Gate, Settings};
+pub use gate::Gate;
+pub use settings::Settings;
 pub use verifier::SetupError;
 
 use sealpod_attestation::{

@@ -120,7 +120,7 @@ pub(super) enum Appraiser {
     /// The shim itself.
     Embedded {
         verifier: Box<Embedded>,
-        config: Attestation,
+        config: Box<Attestation>,
         policy: config::Policy,
     },
     /// Elsewhere. What this shim decides stands in its own log all the same.
@@ -147,7 +147,7 @@ impl Appraiser {
             let verifier = Embedded::new(inputs, signer, Some(audit), ISSUER);
             return Ok(Self::Embedded {
                 verifier: Box::new(verifier),
-                config: config.clone(),
+                config: Box::new(config.clone()),
                 policy: policy.clone(),
             });
         }
