@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "tests panic to fail")]
 
 mod folder;
+mod manifests;
 mod mutation;
 mod nvidia;
 mod snp;
