@@ -14,6 +14,7 @@ mod cpu;
 mod layout;
 mod memory;
 mod mptable;
+mod parts;
 mod saved;
 mod serial;
 mod vcpu;
@@ -21,19 +22,18 @@ mod vcpu;
 use std::fmt::Write;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread;
 
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::GuestMemoryMmap;
 
 pub use boot::Boot;
 pub use layout::{CMDLINE_MAX, DEVICES_MAX};
 pub use saved::Restore;
 
-use crate::mmio::{QUEUE_NOTIFY, Transport};
-use crate::virtio::{Device, EventLoop, Memory};
+use crate::mmio::Transport;
+use crate::virtio::{Device, EventLoop};
 use bus::{Bus, lock};
+use parts::Parts;
 use vcpu::Vcpus;
 
 /// Queues of a device that is plugged in later: a network device's pair and its control queue.
@@ -41,9 +41,6 @@ const LATER_QUEUES: usize = 3;
 /// What the kernel must know of a machine without ACPI and PCI: not to look for them, and that it
 /// restarts by a triple fault.
 const CMDLINE: &str = "acpi=off pci=off reboot=t";
-/// The thread that serves the devices needs little.
-const STACK: usize = 256 * 1024;
-
 /// A machine to be.
 pub struct Config {
     /// What it boots.
@@ -166,19 +163,6 @@ pub struct Machine {
     vm: VmFd,
 }
 
-/// A machine whose processors have no state yet.
-struct Parts {
-    kvm: Kvm,
-    vm: VmFd,
-    memory: GuestMemoryMmap,
-    events: Arc<EventLoop>,
-    bus: Arc<Bus>,
-    cpus: Vec<VcpuFd>,
-}
-
-/// A slot to be: room for so many queues, and what is in it from the start.
-type SlotPlan = (usize, Option<Arc<Mutex<dyn Device>>>);
-
 impl Machine {
     /// Builds a machine, paused, with its kernel loaded. `ended` is called once when it ends, in a
     /// thread of its own, but not for [`Machine::stop`].
@@ -268,74 +252,6 @@ impl Drop for Machine {
     }
 }
 
-impl Parts {
-    fn new(
-        memory: GuestMemoryMmap,
-        vcpus: u32,
-        console: File,
-        uart: Option<&vm_superio::serial::SerialState>,
-        slots: Vec<SlotPlan>,
-    ) -> Result<Self, Error> {
-        let kvm = Kvm::new().map_err(Error::kvm("to open /dev/kvm"))?;
-        let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
-        give_memory(&vm, &memory)?;
-        vm.set_tss_address(layout::KVM_TSS)
-            .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
-        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.create_irq_chip()
-            .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
-        let events = Arc::new(EventLoop::new()?);
-        let irq = serial::Line(irqfd(&vm, layout::SERIAL_IRQ)?);
-        let console = serial::console(irq, serial::Sink::new(console), uart)
-            .map_err(Error::io("restore the console"))?;
-        let shared = Memory::new(memory.clone());
-        let bus = Arc::new(build_bus(&vm, &shared, &events, console, slots)?);
-        let vcpu = |id: u32| {
-            vm.create_vcpu(id.into())
-                .map_err(Error::kvm("KVM_CREATE_VCPU"))
-        };
-        let cpus = (0..vcpus).map(vcpu).collect::<Result<_, _>>()?;
-        Ok(Self {
-            kvm,
-            vm,
-            memory,
-            events,
-            bus,
-            cpus,
-        })
-    }
-
-    /// Starts the threads, paused.
-    fn start(self, ended: impl FnOnce(End) + Send + 'static) -> Result<Machine, Error> {
-        let last_words = Arc::clone(&self.bus);
-        let ended = move |end| {
-            last_words.flush_console();
-            ended(end);
-        };
-        let vcpus = Vcpus::start(self.cpus, &self.bus, ended)?;
-        let serving = Arc::clone(&self.events);
-        let serve = move || {
-            if let Err(e) = serving.run() {
-                tracing::error!("The VM's devices stop: {e}");
-            }
-        };
-        thread::Builder::new()
-            .name("devices".into())
-            .stack_size(STACK)
-            .spawn(serve)
-            .map_err(Error::io("start the devices' thread"))?;
-        Ok(Machine {
-            vcpus,
-            bus: self.bus,
-            events: self.events,
-            memory: self.memory,
-            kvm: self.kvm,
-            vm: self.vm,
-        })
-    }
-}
-
 fn check(config: &Config) -> Result<(), Error> {
     let refused = |what, value: u64, allowed: String| Error::Config {
         what,
@@ -367,69 +283,6 @@ fn cmdline(asked: &str, slots: usize) -> String {
         let _ = write!(cmdline, " virtio_mmio.device=4K@{at:#x}:{irq}");
     }
     cmdline
-}
-
-/// Gives KVM the guest's memory.
-#[expect(unsafe_code, reason = "guest memory is given to KVM by address")]
-fn give_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
-    for (slot, region) in memory.iter().enumerate() {
-        let region = kvm_bindings::kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the memory is mapped for as long as the process lives (memory.rs), and what the
-        // guest does with it is seen through volatile accesses only.
-        unsafe { vm.set_user_memory_region(region) }
-            .map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
-    }
-    Ok(())
-}
-
-fn eventfd() -> Result<EventFd, Error> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("make an eventfd"))
-}
-
-/// An eventfd that raises an interrupt of the guest.
-fn irqfd(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
-    let fd = eventfd()?;
-    vm.register_irqfd(&fd, irq)
-        .map_err(Error::kvm("KVM_IRQFD"))?;
-    Ok(fd)
-}
-
-/// The console and the slots, with the devices that are there from the start.
-fn build_bus(
-    vm: &VmFd,
-    memory: &Memory,
-    events: &EventLoop,
-    console: serial::Console,
-    plans: Vec<SlotPlan>,
-) -> Result<Bus, Error> {
-    let mut slots = Vec::new();
-    for (index, (queues, device)) in plans.into_iter().enumerate() {
-        let mut kicks = Vec::new();
-        for queue in 0..queues {
-            let kick = eventfd()?;
-            let address = IoEventAddress::Mmio(layout::registers(index) + QUEUE_NOTIFY);
-            vm.register_ioevent(&kick, &address, queue as u32)
-                .map_err(Error::kvm("KVM_IOEVENTFD"))?;
-            kicks.push(kick);
-        }
-        let irq = irqfd(vm, layout::irq(index))?;
-        let mut slot = Transport::new(memory.clone(), irq, kicks);
-        if let Some(device) = device {
-            let watch = events.attach(Arc::clone(&device));
-            slot.plug(device, watch);
-        }
-        slots.push(Mutex::new(slot));
-    }
-    Ok(Bus {
-        console: Mutex::new(console),
-        slots,
-    })
 }
 
 fn lock_device<'a>(device: &'a Arc<Mutex<dyn Device>>) -> MutexGuard<'a, dyn Device + 'static> {

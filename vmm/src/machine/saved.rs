@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::bus::lock;
-use super::{End, Error, Machine, Parts, SlotPlan, lock_device, memory};
+use super::parts::{Parts, SlotPlan};
+use super::{End, Error, Machine, lock_device, memory};
 use crate::mmio::Transport;
 use crate::snapshot::{self, MachineState, SlotDevice, SlotState, VcpuState, VmState};
 use crate::virtio::Device;

@@ -1,0 +1,163 @@
+//! What a machine is put together from, whether it boots or goes on from a snapshot: KVM's objects, memory,
+//! bus and slots. The processors have no state yet; giving them one is `cpu`'s, or `saved`'s.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::bus::Bus;
+use super::vcpu::Vcpus;
+use super::{End, Error, Machine, layout, serial};
+use crate::mmio::{QUEUE_NOTIFY, Transport};
+use crate::virtio::{Device, EventLoop, Memory};
+
+/// The thread that serves the devices needs little.
+const STACK: usize = 256 * 1024;
+
+/// A machine whose processors have no state yet.
+pub(super) struct Parts {
+    pub(super) kvm: Kvm,
+    pub(super) vm: VmFd,
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) events: Arc<EventLoop>,
+    pub(super) bus: Arc<Bus>,
+    pub(super) cpus: Vec<VcpuFd>,
+}
+
+/// A slot to be: room for so many queues, and what is in it from the start.
+pub(super) type SlotPlan = (usize, Option<Arc<Mutex<dyn Device>>>);
+
+impl Parts {
+    pub(super) fn new(
+        memory: GuestMemoryMmap,
+        vcpus: u32,
+        console: File,
+        uart: Option<&vm_superio::serial::SerialState>,
+        slots: Vec<SlotPlan>,
+    ) -> Result<Self, Error> {
+        let kvm = Kvm::new().map_err(Error::kvm("to open /dev/kvm"))?;
+        let vm = kvm.create_vm().map_err(Error::kvm("KVM_CREATE_VM"))?;
+        give_memory(&vm, &memory)?;
+        vm.set_tss_address(layout::KVM_TSS)
+            .map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.create_irq_chip()
+            .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
+        let events = Arc::new(EventLoop::new()?);
+        let irq = serial::Line(irqfd(&vm, layout::SERIAL_IRQ)?);
+        let console = serial::console(irq, serial::Sink::new(console), uart)
+            .map_err(Error::io("restore the console"))?;
+        let shared = Memory::new(memory.clone());
+        let bus = Arc::new(build_bus(&vm, &shared, &events, console, slots)?);
+        let vcpu = |id: u32| {
+            vm.create_vcpu(id.into())
+                .map_err(Error::kvm("KVM_CREATE_VCPU"))
+        };
+        let cpus = (0..vcpus).map(vcpu).collect::<Result<_, _>>()?;
+        Ok(Self {
+            kvm,
+            vm,
+            memory,
+            events,
+            bus,
+            cpus,
+        })
+    }
+
+    /// Starts the threads, paused.
+    pub(super) fn start(self, ended: impl FnOnce(End) + Send + 'static) -> Result<Machine, Error> {
+        let last_words = Arc::clone(&self.bus);
+        let ended = move |end| {
+            last_words.flush_console();
+            ended(end);
+        };
+        let vcpus = Vcpus::start(self.cpus, &self.bus, ended)?;
+        let serving = Arc::clone(&self.events);
+        let serve = move || {
+            if let Err(e) = serving.run() {
+                tracing::error!("The VM's devices stop: {e}");
+            }
+        };
+        thread::Builder::new()
+            .name("devices".into())
+            .stack_size(STACK)
+            .spawn(serve)
+            .map_err(Error::io("start the devices' thread"))?;
+        Ok(Machine {
+            vcpus,
+            bus: self.bus,
+            events: self.events,
+            memory: self.memory,
+            kvm: self.kvm,
+            vm: self.vm,
+        })
+    }
+}
+
+/// Gives KVM the guest's memory.
+#[expect(unsafe_code, reason = "guest memory is given to KVM by address")]
+fn give_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
+    for (slot, region) in memory.iter().enumerate() {
+        let region = kvm_bindings::kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the memory is mapped for as long as the process lives (memory.rs), and what the
+        // guest does with it is seen through volatile accesses only.
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+fn eventfd() -> Result<EventFd, Error> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("make an eventfd"))
+}
+
+/// An eventfd that raises an interrupt of the guest.
+fn irqfd(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
+    let fd = eventfd()?;
+    vm.register_irqfd(&fd, irq)
+        .map_err(Error::kvm("KVM_IRQFD"))?;
+    Ok(fd)
+}
+
+/// The console and the slots, with the devices that are there from the start.
+fn build_bus(
+    vm: &VmFd,
+    memory: &Memory,
+    events: &EventLoop,
+    console: serial::Console,
+    plans: Vec<SlotPlan>,
+) -> Result<Bus, Error> {
+    let mut slots = Vec::new();
+    for (index, (queues, device)) in plans.into_iter().enumerate() {
+        let mut kicks = Vec::new();
+        for queue in 0..queues {
+            let kick = eventfd()?;
+            let address = IoEventAddress::Mmio(layout::registers(index) + QUEUE_NOTIFY);
+            vm.register_ioevent(&kick, &address, queue as u32)
+                .map_err(Error::kvm("KVM_IOEVENTFD"))?;
+            kicks.push(kick);
+        }
+        let irq = irqfd(vm, layout::irq(index))?;
+        let mut slot = Transport::new(memory.clone(), irq, kicks);
+        if let Some(device) = device {
+            let watch = events.attach(Arc::clone(&device));
+            slot.plug(device, watch);
+        }
+        slots.push(Mutex::new(slot));
+    }
+    Ok(Bus {
+        console: Mutex::new(console),
+        slots,
+    })
+}
