@@ -26,7 +26,13 @@ use tokio::{
 };
 use ttrpc::r#async::{Server, TtrpcContext, transport::Listener};
 
-use super::{Gate, Settings, fake::Fake, launch::Launch, verifier::unix_now, wanted::Wanted};
+use super::{
+    Gate, Settings,
+    fake::Fake,
+    launch::Launch,
+    verifier::{Appraiser, unix_now},
+    wanted::Wanted,
+};
 use crate::{
     config::{self, Device, OnLoss},
     guest::Guest,
@@ -434,4 +440,36 @@ async fn a_device_that_another_pod_has_stays_with_it() {
     assert_eq!(vm.passed(), ["gpu0"]);
     gate.ended().await;
     other.admit(bench.wanted()).await.expect("free again");
+}
+
+#[test]
+fn a_verifier_that_was_restarted_knows_no_nonce_of_before() {
+    let bench = Bench::new();
+    let config = &bench.config.attestation;
+    let policy = config.policies["default"].clone();
+    let key = EphemeralKey::from_random(&[3; 48]).expect("key").public();
+    let bundle = Bundle {
+        tee: Tee::Snp,
+        report: Vec::new(),
+        endorsements: Vec::new(),
+        event_log: Vec::new(),
+        gpus: Vec::new(),
+        key,
+        init_data: Vec::new(),
+    };
+    let start = || Appraiser::new(config, &policy, "log").expect("verifier");
+    let check = |verifier: &Appraiser, nonce| {
+        let word = verifier.appraise(nonce, "uid-1", "sealpod", &bundle);
+        word.expect_err("refused").to_string()
+    };
+    let mut before = start();
+    let nonce = before.challenge("uid-1").expect("nonce");
+    drop(before);
+    let mut after = start();
+    let said = check(&after, nonce);
+    assert!(said.contains("check nonce"), "{said}");
+    // Its own it knows, once.
+    let nonce = after.challenge("uid-1").expect("nonce");
+    assert!(!check(&after, nonce).contains("check nonce"));
+    assert!(check(&after, nonce).contains("check nonce"));
 }
