@@ -51,6 +51,22 @@ fn a_body_beyond_its_cap_is_refused_before_it_is_sent() {
 }
 
 #[test]
+fn a_body_that_is_only_announced_takes_no_memory_from_others() {
+    let server = Server::with("[limits]\nmemory_mib = 4\n");
+    let held: Vec<_> = (0..16)
+        .map(|_| {
+            let mut stream = connect(&server);
+            let head = "POST /v1/appraise HTTP/1.1\r\nHost: l\r\nContent-Length: 4000000\r\n\r\n{";
+            stream.write_all(head.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    let answer = post(&server, "/v1/challenge", &json!({ "pod_uid": "pod" }));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    drop(held);
+}
+
+#[test]
 fn slow_clients_are_cut_within_their_time() {
     let server = Server::with("[limits]\nheader_seconds = 1\nbody_seconds = 1\n");
     let most = Duration::from_secs(10);

@@ -3,8 +3,8 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use http_body_util::{BodyExt, Limited};
-use hyper::body::{Body, Bytes, Incoming};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Incoming};
 use hyper::{Request, StatusCode};
 use rustls::ServerConfig;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -21,6 +21,9 @@ use super::tls;
 
 /// How long a request waits for memory or for a processor before it is told to come again.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a body's memory grows by, KiB.
+const STEP: u32 = 16;
 
 /// The service.
 pub(crate) struct Service {
@@ -40,7 +43,7 @@ pub(crate) struct Service {
 
 /// A body, and the memory that it counts for.
 pub(crate) struct Read {
-    pub(crate) bytes: Bytes,
+    pub(crate) bytes: Vec<u8>,
     permit: OwnedSemaphorePermit,
 }
 
@@ -90,42 +93,50 @@ impl Service {
     /// Reads a body within its caps of length, time and memory.
     pub(crate) async fn body(&self, request: Request<Incoming>, most: u32) -> Result<Read, Answer> {
         let limits = &self.config.limits;
-        let most = u64::from(most.min(limits.body_kib)) << 10;
-        let too_large = || {
-            let text = format!("The request's body may have {most} bytes");
-            Answer::error(StatusCode::PAYLOAD_TOO_LARGE, "size", &text)
-        };
+        let most = (most.min(limits.body_kib) as usize) << 10;
         let body = request.into_body();
-        // Without a length it counts for the longest.
-        let length = body.size_hint().upper().unwrap_or(most);
-        if length > most {
-            return Err(too_large());
+        let announced = body.size_hint().lower();
+        if usize::try_from(announced).map_or(true, |length| length > most) {
+            return Err(too_large(most));
         }
-        let kib = u32::try_from(length.div_ceil(1024))
-            .unwrap_or(u32::MAX)
-            .max(1);
-        let permit = timeout(PATIENCE, Arc::clone(&self.memory).acquire_many_owned(kib)).await;
-        let Ok(Ok(permit)) = permit else {
-            return Err(Answer::busy(5));
-        };
-        let cap = usize::try_from(most).unwrap_or(usize::MAX);
-        let collected = timeout(limits.body_time(), Limited::new(body, cap).collect()).await;
-        match collected {
-            Ok(Ok(body)) => Ok(Read {
-                bytes: body.to_bytes(),
-                permit,
-            }),
-            Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
-            Ok(Err(_)) => Err(Answer::error(
-                StatusCode::BAD_REQUEST,
-                "body",
-                "The request's body ended early or is broken",
-            )),
+        match timeout(limits.body_time(), self.collect(body, most)).await {
+            Ok(read) => read,
             Err(_) => Err(Answer::error(
                 StatusCode::REQUEST_TIMEOUT,
                 "time",
                 "The request's body did not come in time",
             )),
+        }
+    }
+
+    /// Reads a body piece by piece. What has come counts against the memory of all bodies, what is only
+    /// announced does not.
+    async fn collect(&self, mut body: Incoming, most: usize) -> Result<Read, Answer> {
+        let mut bytes = Vec::new();
+        let mut permit = self.memory(STEP).await?;
+        while let Some(frame) = body.frame().await {
+            let broken = "The request's body ended early or is broken";
+            let frame =
+                frame.map_err(|_| Answer::error(StatusCode::BAD_REQUEST, "body", broken))?;
+            let Ok(data) = frame.into_data() else {
+                continue;
+            };
+            if bytes.len() + data.len() > most {
+                return Err(too_large(most));
+            }
+            while bytes.len() + data.len() > permit.num_permits() << 10 {
+                permit.merge(self.memory(STEP).await?);
+            }
+            bytes.extend_from_slice(&data);
+        }
+        Ok(Read { bytes, permit })
+    }
+
+    /// Memory for so many KiB of a body, as soon as there is some.
+    async fn memory(&self, kib: u32) -> Result<OwnedSemaphorePermit, Answer> {
+        match timeout(PATIENCE, Arc::clone(&self.memory).acquire_many_owned(kib)).await {
+            Ok(Ok(permit)) => Ok(permit),
+            _ => Err(Answer::busy(5)),
         }
     }
 
@@ -155,4 +166,9 @@ impl Service {
             )
         })
     }
+}
+
+fn too_large(most: usize) -> Answer {
+    let text = format!("The request's body may have {most} bytes");
+    Answer::error(StatusCode::PAYLOAD_TOO_LARGE, "size", &text)
 }
