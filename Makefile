@@ -66,7 +66,7 @@ shell: build ## A shell with a private containerd whose default runtime is sealp
 
 install: build ## Install below PREFIX (default /usr/local) and the configuration in /etc/sealpod
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin \
-		target/release/containerd-shim-sealpod-v2 target/release/sealpod
+		target/release/containerd-shim-sealpod-v2 target/release/sealpod target/release/sealpod-attest
 	install -D -m 0755 "$$(shim/get-virtiofsd.sh)" $(DESTDIR)$(PREFIX)/libexec/sealpod/virtiofsd
 	install -D -m 0755 target/release/sealpod-vmm $(DESTDIR)$(PREFIX)/libexec/sealpod/sealpod-vmm
 	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/share/sealpod \
