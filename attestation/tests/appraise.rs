@@ -6,11 +6,11 @@ use std::sync::{Arc, OnceLock};
 use sealpod_attestation::appraise::{Embedded, Inputs, Request, Verifier, VerifierError};
 use sealpod_attestation::audit::{self, AuditLog};
 use sealpod_attestation::binding::{self, EphemeralKey, Nonce, PublicKey};
-use sealpod_attestation::evidence::{Bundle, Tee, gpu_digest};
+use sealpod_attestation::evidence::{Bundle, GpuEvidence, Tee, gpu_digest};
 use sealpod_attestation::policy::Policy;
 use sealpod_attestation::reference::ReferenceValues;
 use sealpod_attestation::signer::Signer;
-use sealpod_attestation::simulate::{Ca, Defect, SnpClaims};
+use sealpod_attestation::simulate::{Ca, Defect, GpuClaims, SnpClaims, TdxClaims};
 use sealpod_attestation::token::{self, Expected};
 use sealpod_attestation::{Collateral, Timestamp, TrustAnchors, init_data};
 
@@ -245,4 +245,85 @@ fn a_nonce_of_another_policy_is_refused_after_the_inputs_were_replaced() {
     assert_eq!(found, Err("nonce-policy".into()));
     let n = lab.verifier.challenge(POD, NOW).unwrap().nonce;
     assert!(ask(&lab, n, POD, &bundle(&n, key(1), b"", None), NOW).is_ok());
+}
+
+#[test]
+fn a_td_with_a_gpu_gets_a_token_for_both_and_another_nonce_in_the_gpu_is_refused() {
+    let references = format!(
+        r#"{{"tdx":{{"mr_td":["{}"]}},"nvidia":{{"require_rims":true,"require_revocation":true}}}}"#,
+        "02".repeat(48)
+    );
+    let mut with = inputs();
+    with.references = ReferenceValues::parse(&references).unwrap();
+    let sample = ca().mint_tdx(&TdxClaims::default(), None).unwrap();
+    let gpu = ca().mint_gpu(&GpuClaims::default(), None).unwrap();
+    for (name, bytes) in sample.collateral.iter().chain(&gpu.collateral) {
+        if name != "event-log.bin" {
+            with.collateral.add(bytes).unwrap();
+        }
+    }
+    let lab = Lab::new(with);
+    // What a TD with one GPU sends; the GPU was asked with `asked`.
+    let bundle = |nonce: &Nonce, asked: &Nonce| {
+        let key = key(1);
+        let h_k = binding::key_digest(&key);
+        let claims = GpuClaims {
+            nonce: binding::gpu_nonce(asked, &h_k),
+            ..GpuClaims::default()
+        };
+        let gpu = ca().mint_gpu(&claims, None).unwrap();
+        let gpus = vec![GpuEvidence {
+            device_id: "0000:01:00.0".into(),
+            report: gpu.report,
+            certificates: gpu.endorsements,
+        }];
+        let claims = TdxClaims {
+            report_data: binding::report_data(
+                nonce,
+                &h_k,
+                &gpu_digest(&gpus),
+                &init_data::digest(b""),
+                POD,
+            ),
+            mr_td: [2; 48],
+            ..TdxClaims::default()
+        };
+        let td = ca().mint_tdx(&claims, None).unwrap();
+        Bundle {
+            tee: Tee::Tdx,
+            report: td.report,
+            endorsements: Vec::new(),
+            event_log: td.collateral[1].1.clone(),
+            gpus,
+            key,
+            init_data: Vec::new(),
+        }
+    };
+    let n = lab.verifier.challenge(POD, NOW).unwrap().nonce;
+    let token = ask(&lab, n, POD, &bundle(&n, &n), NOW).unwrap();
+    let expected = Expected {
+        verifiers: &lab.verifier.keys(),
+        audience: "gate",
+        pod_uid: POD,
+        confirmation: Some(&key(1)),
+        nonce: Some(&n),
+        init_data_digest: None,
+        now: NOW,
+        allow_simulated: true,
+        devices: &["0000:01:00.0".to_owned()],
+    };
+    let claims = token::check(&token, &expected).unwrap();
+    assert_eq!(claims.devices, ["0000:01:00.0"]);
+    assert_eq!(claims.submods["gpu0"].tee, "nvidia");
+
+    let n = lab.verifier.challenge(POD, NOW).unwrap().nonce;
+    let other = ask(&lab, n, POD, &bundle(&n, &Nonce([9; 32])), NOW);
+    assert_eq!(other, Err("nonce".into()));
+
+    // The CRLs were made for 29 days: a token that begins 100 s before their end lives for 100 s.
+    let late = NOW + 29 * 86_400 - 100;
+    let n = lab.verifier.challenge(POD, late).unwrap().nonce;
+    let token = ask(&lab, n, POD, &bundle(&n, &n), late).unwrap();
+    let (_, claims) = token::peek(&token).unwrap();
+    assert_eq!(claims["exp"], late + 100);
 }
