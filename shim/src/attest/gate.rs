@@ -115,12 +115,13 @@ impl Gate {
         }
         let pod = self.pod.upgrade().ok_or(AttestError::Ended)?;
         let vm = pod.vm().await.ok_or(AttestError::Ended)?;
+        let ledger = pod.ledger().await.ok_or(AttestError::Ended)?;
         for one in wanted {
             if self.released.iter().any(|r| r.id() == one.id) {
                 continue;
             }
             let mut way = release::way(one);
-            way.attach(vm.as_ref()).await?;
+            way.attach(vm.as_ref(), &ledger).await?;
             self.released.push(way);
         }
         self.renew_now().await

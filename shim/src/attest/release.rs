@@ -16,6 +16,7 @@ use rustix::{
 use super::wanted::Wanted;
 use crate::{
     config::Device,
+    ledger::{EntryId, Ledger, LedgerError, Resource},
     vm::{Passed, Vm, VmError},
 };
 
@@ -37,6 +38,9 @@ pub enum ReleaseError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// It could not be written down; then it is not taken.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
     /// The VM.
     #[error("Device {id:?}")]
     Vm {
@@ -56,7 +60,7 @@ pub trait Release: Send + Sync {
     ///
     /// # Errors
     /// [`ReleaseError`]; then the host has it as before.
-    async fn attach(&mut self, vm: &dyn Vm) -> Result<(), ReleaseError>;
+    async fn attach(&mut self, vm: &dyn Vm, ledger: &Ledger) -> Result<(), ReleaseError>;
     /// Takes it from the VM, if that still runs (`vm`), and gives it back to the host, reset. Idempotent.
     ///
     /// # Errors
@@ -77,7 +81,7 @@ pub fn way(wanted: &Wanted) -> Box<dyn Release> {
         Device::Vfio { address } => Box::new(VfioAttach {
             id,
             function: Path::new("/sys/bus/pci/devices").join(address),
-            bound: false,
+            held: None,
         }),
     }
 }
@@ -100,7 +104,7 @@ impl Release for StandInNvme {
         &self.id
     }
 
-    async fn attach(&mut self, vm: &dyn Vm) -> Result<(), ReleaseError> {
+    async fn attach(&mut self, vm: &dyn Vm, _: &Ledger) -> Result<(), ReleaseError> {
         let host = |action| {
             let (id, path) = (self.id.clone(), self.path.clone());
             move |source| ReleaseError::Host {
@@ -140,45 +144,53 @@ fn gone(taken: Result<(), VmError>) -> Result<(), VmError> {
     }
 }
 
+/// Has the function leave the driver that has it, for the one that `driver` names, or any where it is empty.
+fn rebind(function: &Path, driver: &str) -> io::Result<()> {
+    let address = function.file_name().unwrap_or_default().as_encoded_bytes();
+    fs::write(function.join("driver_override"), format!("{driver}\n"))?;
+    if function.join("driver").exists() {
+        fs::write(function.join("driver/unbind"), address)?;
+    }
+    // The function's folder is a link, its parent is not.
+    let devices = function.parent().unwrap_or(Path::new("/"));
+    fs::write(devices.join("../drivers_probe"), address)
+}
+
+/// Gives a function back to the host: reset, and probed by any driver.
+pub(crate) fn give_back(function: &Path) -> io::Result<()> {
+    // What the pod left in it is no one's business; one that cannot be reset goes back all the same.
+    if let Err(e) = fs::write(function.join("reset"), "1") {
+        tracing::warn!("{} was not reset: {e}", function.display());
+    }
+    rebind(function, "")
+}
+
 /// A PCI function: bound to vfio-pci for as long as a pod has it, reset before and after.
 struct VfioAttach {
     id: String,
     /// Its folder in sysfs.
     function: PathBuf,
-    bound: bool,
+    held: Option<(Ledger, EntryId)>,
 }
 
 impl VfioAttach {
-    fn write(&self, file: &str, value: &str) -> Result<(), ReleaseError> {
-        let path = self.function.join(file);
-        fs::write(&path, value).map_err(|source| ReleaseError::Host {
-            id: self.id.clone(),
-            action: "write to",
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> ReleaseError {
+        let (id, path) = (self.id.clone(), self.function.clone());
+        move |source| ReleaseError::Host {
+            id,
+            action,
             path,
             source,
-        })
-    }
-
-    fn address(&self) -> String {
-        let name = self.function.file_name().unwrap_or_default();
-        name.to_string_lossy().into_owned()
-    }
-
-    /// Leaves the driver that has it, for the one that `driver_override` names, or any where it is empty.
-    fn rebind(&self, driver_override: &str) -> Result<(), ReleaseError> {
-        self.write("driver_override", &format!("{driver_override}\n"))?;
-        if self.function.join("driver").exists() {
-            self.write("driver/unbind", &self.address())?;
         }
-        // The function's folder is a link, its parent is not.
-        let devices = self.function.parent().unwrap_or(Path::new("/"));
-        let bus = devices.join("../drivers_probe");
-        fs::write(&bus, self.address()).map_err(|source| ReleaseError::Host {
-            id: self.id.clone(),
-            action: "write to",
-            path: bus,
-            source,
-        })
+    }
+
+    /// To the host, if it has left it.
+    fn back(&mut self) -> Result<(), ReleaseError> {
+        let Some((ledger, entry)) = self.held.take() else {
+            return Ok(());
+        };
+        give_back(&self.function).map_err(self.failed("give back"))?;
+        Ok(ledger.release(entry)?)
     }
 
     /// `/dev/vfio/devices/vfio<n>`.
@@ -204,37 +216,34 @@ impl Release for VfioAttach {
         &self.id
     }
 
-    async fn attach(&mut self, vm: &dyn Vm) -> Result<(), ReleaseError> {
-        self.rebind("vfio-pci")?;
-        self.bound = true;
+    async fn attach(&mut self, vm: &dyn Vm, ledger: &Ledger) -> Result<(), ReleaseError> {
+        let function = self.function.clone();
+        let entry = ledger.record(Resource::VfioFunction { function })?;
+        self.held = Some((ledger.clone(), entry));
         // What the last user left in it is no one's business.
         let given = async {
-            self.write("reset", "1")?;
+            rebind(&self.function, "vfio-pci").map_err(self.failed("bind to vfio-pci"))?;
+            let reset = fs::write(self.function.join("reset"), "1");
+            reset.map_err(self.failed("reset"))?;
             let cdev = self.cdev()?;
             let id = self.id.clone();
             let passed = Passed::Vfio { id, cdev };
             vm.pass(passed).await.map_err(vm_error(&self.id))
         };
         let given = given.await;
-        if given.is_err() {
-            self.bound = false;
-            if let Err(e) = self.rebind("") {
-                tracing::warn!("{}", crate::error::chain(&e));
-            }
+        if given.is_err()
+            && let Err(e) = self.back()
+        {
+            tracing::warn!("{}", crate::error::chain(&e));
         }
         given
     }
 
     async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError> {
-        if !self.bound {
-            return Ok(());
-        }
-        if let Some(vm) = vm {
+        if let (Some(_), Some(vm)) = (&self.held, vm) {
             gone(vm.take_back(&self.id).await).map_err(vm_error(&self.id))?;
         }
-        self.bound = false;
-        self.write("reset", "1")?;
-        self.rebind("")
+        self.back()
     }
 }
 
@@ -248,6 +257,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("content");
         fs::write(&path, "x").unwrap();
+        let ledger = Ledger::open(&dir.path().join("pod")).unwrap();
         let wanted = Wanted {
             id: "gpu0".into(),
             path: "/dev/gpu0".into(),
@@ -255,14 +265,14 @@ mod tests {
         };
         let (vm, other) = (Fake::default(), Fake::default());
         let (mut first, mut second) = (way(&wanted), way(&wanted));
-        first.attach(&vm).await.unwrap();
-        let e = second.attach(&other).await.unwrap_err();
+        first.attach(&vm, &ledger).await.unwrap();
+        let e = second.attach(&other, &ledger).await.unwrap_err();
         assert!(matches!(e, ReleaseError::Busy(_)), "{e}");
         assert!(other.passed().is_empty());
         first.detach(Some(&vm)).await.unwrap();
         first.detach(Some(&vm)).await.unwrap();
         assert!(vm.passed().is_empty());
-        second.attach(&other).await.unwrap();
+        second.attach(&other, &ledger).await.unwrap();
     }
 
     /// A function in a folder that looks like sysfs; what is written to its files stays in them.
@@ -274,7 +284,7 @@ mod tests {
         VfioAttach {
             id: "0000-65-00-0".into(),
             function: folder,
-            bound: false,
+            held: None,
         }
     }
 
@@ -285,7 +295,8 @@ mod tests {
         let read = |file: &str| fs::read_to_string(root.join("bus/pci").join(file)).unwrap();
         let of = |file: &str| read(&format!("devices/0000:65:00.0/{file}"));
         let (mut device, vm) = (function(root), Fake::default());
-        device.attach(&vm).await.unwrap();
+        let ledger = Ledger::open(&root.join("pod")).unwrap();
+        device.attach(&vm, &ledger).await.unwrap();
         assert_eq!(vm.passed(), ["0000-65-00-0"]);
         assert_eq!(of("driver_override"), "vfio-pci\n");
         assert_eq!(of("driver/unbind"), "0000:65:00.0");
@@ -307,7 +318,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut device = function(dir.path());
         let vm = Fake::that_refuses();
-        assert!(device.attach(&vm).await.is_err());
+        let ledger = Ledger::open(&dir.path().join("pod")).unwrap();
+        assert!(device.attach(&vm, &ledger).await.is_err());
         let left = device.function.join("driver_override");
         assert_eq!(fs::read_to_string(left).unwrap(), "\n");
         device.detach(Some(&vm)).await.unwrap();

@@ -13,6 +13,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{Entry, LedgerError, Resource, check_folder, read, remove_tree, start_time, undo_net};
+use crate::attest::release;
 use crate::host_cgroup;
 
 /// How long a killed process may take to go. One that writes a core dump or waits for a dead
@@ -20,6 +21,8 @@ use crate::host_cgroup;
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 /// Where cgroup hierarchies are mounted; nothing elsewhere is taken for one.
 const CGROUP_BASE: &str = "/sys/fs/cgroup";
+/// Where PCI functions are; nothing elsewhere is taken for one.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
 /// Longest name of a network link (`IFNAMSIZ` less the NUL).
 const IFNAME_MAX: usize = 15;
 
@@ -143,6 +146,14 @@ fn undo(dir: &Path, resource: &Resource, report: &mut CleanReport) {
                 };
                 report.note(format!("cgroup {}", path.display()), result);
             }
+        }
+        Resource::VfioFunction { function } => {
+            let result = if below(function, Path::new(PCI_DEVICES), 1) {
+                release::give_back(function).map_err(|e| e.to_string())
+            } else {
+                Err(format!("not below {PCI_DEVICES}: {}", function.display()))
+            };
+            report.note(format!("VFIO function {}", function.display()), result);
         }
         Resource::Path { path } => {
             let result = if below(path, dir, 1) {

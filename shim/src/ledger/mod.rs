@@ -75,6 +75,11 @@ pub enum Resource {
         /// The directories, below `/sys/fs/cgroup`.
         paths: Vec<PathBuf>,
     },
+    /// A PCI function that was taken from its driver for VFIO. Undone by a reset and a new probe.
+    VfioFunction {
+        /// Its folder below `/sys/bus/pci/devices`.
+        function: PathBuf,
+    },
     /// A file, socket or folder below the pod's folder. The pod's folder itself needs no record.
     Path {
         /// Where.

@@ -10,6 +10,7 @@ use crate::{
     attest::{Gate, Settings, wanted::Wanted},
     container::Handle,
     error::{Error, Kind, Result},
+    ledger::Ledger,
     owner::Owner,
     vm::Vm,
 };
@@ -66,6 +67,12 @@ impl Pod {
             .machine
             .call(|m| Box::pin(async move { m.vm().ok().cloned() }));
         vm.await.ok().flatten()
+    }
+
+    /// Where a resource is written down before it is taken.
+    pub(crate) async fn ledger(&self) -> Option<Ledger> {
+        let ledger = self.machine.call(|m| Box::pin(async move { m.ledger() }));
+        ledger.await.ok()
     }
 
     /// Stops all containers, as if each had been paused.

@@ -88,6 +88,10 @@ impl Machine {
         self.taken.vm.as_ref().ok_or_else(gone)
     }
 
+    pub(super) fn ledger(&self) -> Ledger {
+        self.ledger.clone()
+    }
+
     #[cfg(test)]
     pub(super) fn pretend(&mut self, vm: Arc<dyn Vm>) {
         self.taken.vm = Some(vm);
