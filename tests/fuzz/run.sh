@@ -1,11 +1,12 @@
-#!/bin/sh
-# Runs every fuzz target for so many seconds each; a crash, a hang or a failed assertion fails the
-# script and leaves the input that caused it. Touches only target/fuzz of the project.
+#!/bin/bash
+# Runs the fuzz targets, several at a time, for so many seconds altogether; a crash, a hang or a failed
+# assertion fails the script and leaves the input that caused it. Touches only target/fuzz of the
+# project.
 #
 #   tests/fuzz/run.sh [SECONDS] [TARGET...]
-set -eu
+set -euo pipefail
 
-seconds=${1:-60}
+seconds=${1:-120}
 case $seconds in
     ''|*[!0-9]*) echo "usage: $0 [SECONDS] [TARGET...]" >&2; exit 2 ;;
 esac
@@ -26,30 +27,46 @@ if ! cargo "+$toolchain" fuzz --version >/dev/null 2>&1; then
     fi
 fi
 
-[ $# -gt 0 ] || set -- vsock_packets vsock_rings agent_requests
+# All targets but the program that writes the seeds.
+[ $# -gt 0 ] || set -- $(cd targets && ls ./*.rs | sed -n 's|^\./\(.*\)\.rs$|\1|p' | grep -vx seeds)
 mkdir -p "$out"
-echo "fuzz: seeds"
-cargo "+$toolchain" run --quiet --target-dir "$out/target" --bin seeds -- "$out/seeds"
-failed=
-for target; do
-    echo "fuzz: building $target"
-    cargo "+$toolchain" fuzz build --fuzz-dir . --target-dir "$out/target" "$target"
-done
-for target; do
-    mkdir -p "$out/corpus/$target" "$out/crashes/$target"
-    echo "fuzz: $target for $seconds s"
+echo "fuzz: building"
+cargo "+$toolchain" fuzz build --fuzz-dir . --target-dir "$out/target" 2>&1 | grep -vE '^ *(Compiling|Finished)' || true
+programs=$(ls -d "$out"/target/*/release | head -n 1)
+rm -rf "$out/seeds"
+"$programs/seeds" "$out/seeds"
+
+jobs=$(nproc)
+# Every target gets the same share of the time.
+share=$((seconds * (jobs < $# ? jobs : $#) / $#))
+[ "$share" -gt 0 ] || share=1
+
+fuzz() {
+    mkdir -p "$out/corpus/$1" "$out/crashes/$1" "$out/seeds/$1"
     # -timeout: one input, seconds; -rss_limit_mb covers the sanitizer's own shadow.
-    if cargo "+$toolchain" fuzz run --fuzz-dir . --target-dir "$out/target" "$target" \
-        "$out/corpus/$target" "$out/seeds/$target" -- \
-        -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -max_len=8192 -print_final_stats=1 \
-        -artifact_prefix="$out/crashes/$target/" >"$out/$target.log" 2>&1
-    then
-        grep -E 'stat::number_of_executed_units|Done ' "$out/$target.log" || true
+    ASAN_OPTIONS=detect_odr_violation=0 "$programs/$1" "$out/corpus/$1" "$out/seeds/$1" \
+        -max_total_time="$share" -timeout=20 -rss_limit_mb=2048 -max_len=16384 -print_final_stats=1 \
+        -artifact_prefix="$out/crashes/$1/" >"$out/$1.log" 2>&1
+}
+
+failed=()
+running=()
+finish() {
+    local target=${running[0]%%:*} pid=${running[0]##*:}
+    running=("${running[@]:1}")
+    if wait "$pid"; then
+        echo "fuzz: $target: $(sed -n 's/^stat::number_of_executed_units: *//p' "$out/$target.log") inputs in $share s"
     else
         echo "fuzz: $target FAILED; the end of $out/$target.log:" >&2
         tail -n 40 "$out/$target.log" >&2
-        failed="$failed $target"
+        failed+=("$target")
     fi
+}
+for target; do
+    [ ${#running[@]} -lt "$jobs" ] || finish
+    fuzz "$target" &
+    running+=("$target:$!")
 done
-[ -z "$failed" ] || { echo "fuzz: failed:$failed" >&2; exit 1; }
+while [ ${#running[@]} -gt 0 ]; do finish; done
+[ ${#failed[@]} -eq 0 ] || { echo "fuzz: failed: ${failed[*]}" >&2; exit 1; }
 echo "fuzz: no failure"

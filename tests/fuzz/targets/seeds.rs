@@ -1,6 +1,9 @@
 //! Writes first inputs for the fuzz targets into `<folder>/<target>/`: whole conversations and valid
 //! messages, so that fuzzing starts behind the first checks.
 
+#[path = "seeds/attestation.rs"]
+mod attestation;
+
 use std::path::{Path, PathBuf};
 
 use protobuf::Message;
@@ -11,12 +14,13 @@ use sealpod_vmm::vsock::{HOST_CID, Header, Op, TYPE_STREAM};
 fn main() -> std::io::Result<()> {
     let folder = std::env::args_os().nth(1).map(PathBuf::from);
     let folder = folder.ok_or_else(|| std::io::Error::other("Usage: seeds <folder>"))?;
+    attestation::seeds(&folder)?;
     write(&folder, "agent_requests", &agent_requests())?;
     write(&folder, "vsock_packets", &vsock_packets())?;
     write(&folder, "vsock_rings", &vsock_rings())
 }
 
-fn write(folder: &Path, target: &str, seeds: &[Vec<u8>]) -> std::io::Result<()> {
+pub(crate) fn write(folder: &Path, target: &str, seeds: &[Vec<u8>]) -> std::io::Result<()> {
     let folder = folder.join(target);
     std::fs::create_dir_all(&folder)?;
     for (n, seed) in seeds.iter().enumerate() {
