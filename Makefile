@@ -46,10 +46,12 @@ lint: ## Format, clippy, documentation
 	@cargo clippy -q --workspace --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-Dwarnings -Arustdoc::private-intra-doc-links" cargo doc -q --workspace --no-deps --document-private-items
 
-bench: build ## Measure starts, execs and memory against runc: target/bench/start.json
+bench: build ## Measure starts, memory and verifications: target/bench/{start,attest}.json
 	@$(SETUP) clients
 	@initramfs/pack.sh --floor
 	@$(BENCH) bench -- $(CONTAINERD)
+	$(SAY) "attestation"
+	@cargo bench -q -p sealpod-attestation --bench attest
 
 lab: build ## Run RUN, by default the tests that need KVM, on a real KVM: docs/lab.md
 	@$(if $(RUN),tests/lab/run.sh $(RUN),tests/lab/tests.sh)
