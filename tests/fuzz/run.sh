@@ -31,7 +31,11 @@ fi
 [ $# -gt 0 ] || set -- $(cd targets && ls ./*.rs | sed -n 's|^\./\(.*\)\.rs$|\1|p' | grep -vx seeds)
 mkdir -p "$out"
 echo "fuzz: building"
-cargo "+$toolchain" fuzz build --fuzz-dir . --target-dir "$out/target" 2>&1 | grep -vE '^ *(Compiling|Finished)' || true
+if ! cargo "+$toolchain" fuzz build --fuzz-dir . --target-dir "$out/target" >"$out/build.log" 2>&1; then
+    echo "fuzz: the targets do not build; the end of $out/build.log:" >&2
+    tail -n 40 "$out/build.log" >&2
+    exit 1
+fi
 programs=$(ls -d "$out"/target/*/release | head -n 1)
 rm -rf "$out/seeds"
 "$programs/seeds" "$out/seeds"
