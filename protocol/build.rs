@@ -18,6 +18,7 @@ fn main() -> std::io::Result<()> {
         })
         .run()?;
     // The generated files begin with inner attributes: they can only be read as files of their own.
-    let modules = "pub mod agent;\npub mod agent_ttrpc;\npub mod cri;\npub mod vmm;\npub mod vmm_ttrpc;\n";
+    let modules =
+        "pub mod agent;\npub mod agent_ttrpc;\npub mod cri;\npub mod vmm;\npub mod vmm_ttrpc;\n";
     std::fs::write(std::path::Path::new(&out).join("mod.rs"), modules)
 }

@@ -188,7 +188,11 @@ impl Containers {
             init_handle: launched.pidfd,
             seccomp,
             user_namespace: plan.id_maps.is_some(),
-            disks: request.block_devices.iter().map(|d| d.serial.clone()).collect(),
+            disks: request
+                .block_devices
+                .iter()
+                .map(|d| d.serial.clone())
+                .collect(),
             has_admitted_devices: !admitted.is_empty(),
             state: Mutex::new(State {
                 phase: Phase::Created(launched.channel),
