@@ -1,4 +1,4 @@
-//! The virtio-mmio transport (VIRTIO 1.2, section 4.2): shows a [`Device`] to a guest as a page of
+//! The virtio-mmio transport (VIRTIO 1.2, section 4.2): shows a [`Device`](crate::virtio::Device) to a guest as a page of
 //! registers and an interrupt. Knows no device type.
 //!
 //! ```text
