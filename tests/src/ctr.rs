@@ -102,36 +102,49 @@ impl Env {
     /// # Panics
     /// Where the specification cannot be had.
     pub fn ctr_run_spec(&self, change: impl FnOnce(&mut serde_json::Value)) -> Done {
+        let id = self.id("spec");
+        let args = self.spec_args("--rm", &id, change);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let done = self.ctr(&args);
+        self.ctr_remove(&id);
+        done
+    }
+
+    /// Arguments of `ctr` that run the container `id` by a specification as in [`Self::ctr_run_spec`].
+    ///
+    /// # Panics
+    /// Where the specification cannot be had.
+    pub fn spec_args(
+        &self,
+        option: &str,
+        id: &str,
+        change: impl FnOnce(&mut serde_json::Value),
+    ) -> Vec<String> {
         let (plain, runtime) = (self.id("plain"), assets::runtime());
-        let _ = self
-            .ctr(&[
-                "container",
-                "create",
-                "--runtime",
-                &runtime,
-                BUSYBOX,
-                &plain,
-                "true",
-            ])
-            .ok();
+        let create = ["container", "create", "--runtime", &runtime, BUSYBOX];
+        let _ = self.ctr(&[&create[..], &[&plain, "true"]].concat()).ok();
         let info = self.ctr(&["container", "info", &plain]).ok().stdout;
         let info: serde_json::Value = serde_json::from_str(&info).expect("JSON of ctr");
         let _ = self.ctr(&["container", "delete", &plain]).ok();
         let mut spec = info["Spec"].clone();
-        let root = self.folder().join("rootfs");
+        let root = self.spec_root();
         if !root.exists() {
             crate::image::busybox_folder(&root).expect("root");
         }
         spec["root"] = serde_json::json!({ "path": root });
-        let id = self.id("spec");
         spec["linux"]["cgroupsPath"] = format!("/{NAMESPACE}/{id}").into();
         change(&mut spec);
-        let file = self.folder().join("spec.json");
-        std::fs::write(&file, spec.to_string()).expect("spec.json");
+        let file = self.folder().join(format!("{id}.json"));
+        std::fs::write(&file, spec.to_string()).expect("specification");
         let file = file.to_string_lossy();
-        let done = self.ctr(&["run", "--rm", "--runtime", &runtime, "--config", &file, &id]);
-        self.ctr_remove(&id);
-        done
+        let args = ["run", option, "--runtime", &runtime, "--config", &file, id];
+        args.map(String::from).to_vec()
+    }
+
+    /// The root of all containers that run by a specification.
+    #[must_use]
+    pub fn spec_root(&self) -> std::path::PathBuf {
+        self.folder().join("rootfs")
     }
 
     /// A container's status by `ctr task ls`, or `None`.

@@ -1,5 +1,6 @@
 //! Every process that a pod consists of is killed at every moment of a pod's life. Afterwards containerd
-//! reports the container as ended, nothing is left, and the same name can be used again.
+//! reports the container as ended, nothing is left, and the same name can be used again. The agent's
+//! deaths are in failure_agent.rs.
 
 use std::{
     io::Read,
@@ -11,7 +12,7 @@ use sealpod_tests::{Env, Version, assets, namespaces::Process, need, only_sealpo
 use crate::on_every_containerd;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Victim {
+pub(super) enum Victim {
     Shim,
     Vm,
     Virtiofsd,
@@ -19,7 +20,7 @@ enum Victim {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Moment {
+pub(super) enum Moment {
     Idle,
     Create,
     Exec,
@@ -27,7 +28,7 @@ enum Moment {
 }
 
 /// How long containerd may take to notice.
-const NOTICED: Duration = Duration::from_secs(20);
+pub(super) const NOTICED: Duration = Duration::from_secs(20);
 
 impl Victim {
     /// What its command line holds; a VM is run by one of two programs.
@@ -40,7 +41,7 @@ impl Victim {
         }
     }
 
-    fn processes(self, env: &Env) -> Vec<Process> {
+    pub(super) fn processes(self, env: &Env) -> Vec<Process> {
         let marks = self.marks().iter();
         marks.flat_map(|mark| env.processes(mark)).collect()
     }
@@ -181,12 +182,11 @@ on_every_containerd!(
     containerd_killed_during_create,
     containerd_killed_during_exec,
     containerd_killed_during_delete,
-    agent_killed_idle,
 );
 
 /// The names by which the tests above are known.
 mod bodies {
-    use super::{Env, Moment, Version, Victim, assets, need, only_sealpod, survives};
+    use super::{Moment, Version, Victim, survives};
 
     macro_rules! cases {
         ($($name:ident $victim:ident $moment:ident),+ $(,)?) => { $(
@@ -214,31 +214,4 @@ mod bodies {
         containerd_killed_during_exec Containerd Exec,
         containerd_killed_during_delete Containerd Delete,
     );
-
-    /// The agent is PID 1 of the guest: no signal from inside kills it. A container that sees the
-    /// guest's processes and may trace them overwrites the agent's code instead.
-    pub(super) fn agent_killed_idle(version: Version) {
-        need!(assets::complete());
-        only_sealpod!();
-        let env = Env::new(version).unwrap();
-        let script = "range=$(grep r-xp /proc/1/maps | head -n 1 | cut -d ' ' -f 1); \
-            from=$((0x${range%-*})); to=$((0x${range#*-})); echo overwriting; \
-            dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from/4096)) count=$(((to-from)/4096)) \
-            conv=notrunc; exec sleep 1000";
-        let done = env.ctr_run_spec(|spec| {
-            let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
-            namespaces.retain(|n| n["type"] != "pid");
-            let process = &mut spec["process"];
-            process["args"] = serde_json::json!(["sh", "-c", script]);
-            for set in ["bounding", "effective", "permitted"] {
-                let set = process["capabilities"][set].as_array_mut().unwrap();
-                set.push("CAP_SYS_PTRACE".into());
-            }
-        });
-        assert!(done.stdout.contains("overwriting"), "{}", done.text());
-        assert_ne!(done.code, 0, "{}", done.text());
-        assert_ne!(done.code, 124, "the client hung: {}", done.text());
-        assert!(Victim::Vm.processes(&env).is_empty());
-        env.assert_clean();
-    }
 }

@@ -14,6 +14,7 @@ mod cri_security;
 mod cri_streams;
 mod docker;
 mod failure;
+mod failure_agent;
 mod files;
 mod io;
 mod lifecycle;
