@@ -16,6 +16,7 @@ pub mod reaper;
 pub mod sandbox;
 pub mod service;
 pub mod share;
+pub mod slot;
 pub mod start;
 mod status;
 pub mod sys;

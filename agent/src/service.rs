@@ -1,6 +1,7 @@
 //! The ttrpc service of agent.proto: requests checked and handed to what carries them out, errors given
 //! the code that the shim acts on. Nothing is decided here.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -10,8 +11,8 @@ use sealpod_protocol::agent::{
     AdmitDevicesRequest, AdmittedDevice, AttestRequest, AttestResponse, ContainerRequest,
     CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecRequest, ExecResponse,
     HelloRequest, HelloResponse, Network as NetworkRequest, Oom, PidsResponse, Process,
-    ProcessRequest, ResizePtyRequest, SetupSandboxRequest, SignalRequest, StatsResponse,
-    UpdateRequest, WaitResponse, event,
+    ProcessRequest, ResizePtyRequest, RevokeDevicesRequest, SetupSandboxRequest, SignalRequest,
+    StatsResponse, UpdateRequest, WaitResponse, event,
 };
 use sealpod_protocol::agent_ttrpc::Agent;
 use sealpod_protocol::streams::Stdio;
@@ -20,7 +21,7 @@ use tokio::sync::{Mutex, mpsc};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Result};
 
-use crate::attest::{Attestor, Gate, device::Live};
+use crate::attest::{Attestor, Gate, device, device::Live};
 use crate::cgroup::{oom, stats};
 use crate::container::Containers;
 use crate::io::{Connection, Processes};
@@ -28,6 +29,7 @@ use crate::log;
 use crate::network::{Network, Plan};
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox};
+use crate::slot;
 use crate::start::Timeline;
 use crate::status::{attest_error, container_error, network_error, sandbox_error, status};
 
@@ -108,13 +110,22 @@ impl Inner {
         request.admitted_devices.iter().map(one).collect()
     }
 
-    /// Closes the guest gate: no container can open an admitted device any more, those that have one
-    /// stand still, and the devices are switched off.
-    async fn revoke(&self) -> Result<()> {
-        let closed = self.attestor.close();
-        self.containers.freeze_with_devices().await;
-        for device in closed.map_err(attest_error)? {
-            if let Err(e) = device.remove() {
+    /// Closes the guest gate for devices, for all that are admitted where none is named: no container can
+    /// open them any more, those that have one stand still, and the devices leave the guest, also those
+    /// that nobody has admitted yet.
+    async fn revoke(&self, ids: &[String]) -> Result<()> {
+        let closed = self.attestor.close(ids);
+        if ids.is_empty() || !closed.as_ref().is_ok_and(Vec::is_empty) {
+            self.containers.freeze_with_devices().await;
+        }
+        let mut devices = closed.map_err(attest_error)?;
+        let here = ids
+            .iter()
+            .filter_map(|id| device::find(Path::new("/sys"), id));
+        devices.extend(here);
+        devices.dedup_by(|a, b| a.id == b.id);
+        for device in devices {
+            if let Err(e) = device.remove(Path::new(slot::SLOTS)).await {
                 log!("device {} stays: {e}", device.id);
             }
         }
@@ -431,7 +442,7 @@ impl Agent for Service {
                 tokio::time::sleep_until(lease.until).await;
                 if this.0.attestor.holds(&lease) {
                     log!("the lease of the devices has ended");
-                    let _ = this.0.revoke().await;
+                    let _ = this.0.revoke(&[]).await;
                 }
             });
             Ok(Empty::new())
@@ -439,10 +450,14 @@ impl Agent for Service {
         .await
     }
 
-    async fn revoke_devices(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+    async fn revoke_devices(
+        &self,
+        _: &TtrpcContext,
+        request: RevokeDevicesRequest,
+    ) -> Result<Empty> {
         let this = self.clone();
         to_the_end(async move {
-            this.0.revoke().await?;
+            this.0.revoke(&request.devices).await?;
             Ok(Empty::new())
         })
         .await

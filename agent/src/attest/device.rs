@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::source::text;
+use crate::slot;
 
 /// A device that is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,13 +47,18 @@ pub fn find(sys: &Path, id: &str) -> Option<Live> {
 }
 
 impl Live {
-    /// Takes the device out of the guest: its driver lets go of it, open files of it fail from now on.
-    /// The host takes it away afterwards.
+    /// Takes the device out of the guest: its driver lets go of it, open files of it fail from now on,
+    /// and its slot in `slots` is empty for the host. Takes a second; one that is in no slot stays for the
+    /// host to take.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn remove(&self) -> std::io::Result<()> {
-        fs::write(self.function.join("remove"), "1")
+    pub async fn remove(&self, slots: &Path) -> std::io::Result<()> {
+        let place = fs::canonicalize(&self.function)?;
+        match slot::holding(slots, &place) {
+            Some(slot) => slot::power_down(&slot).await,
+            None => fs::write(place.join("remove"), "1"),
+        }
     }
 }
 
@@ -61,8 +67,8 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
-    #[test]
-    fn a_disk_is_found_by_its_whole_serial_and_switched_off_at_its_function() {
+    #[tokio::test]
+    async fn a_disk_is_found_by_its_whole_serial_and_switched_off_at_its_function() {
         let dir = tempfile::tempdir().expect("folder");
         let sys = dir.path();
         let function = sys.join("devices/pci0000:00/0000:02:00.0");
@@ -77,7 +83,7 @@ mod tests {
         fs::write(disk.join("dev"), "259:0\n").expect("file");
         let live = find(sys, "stand-in-0").expect("device");
         assert_eq!((live.major, live.minor), (259, 0));
-        live.remove().expect("removed");
+        live.remove(&sys.join("slots")).await.expect("removed");
         assert_eq!(text(&function.join("remove")), "1");
         for other in ["stand-in", "stand-in-00", ""] {
             assert_eq!(find(sys, other), None, "{other}");

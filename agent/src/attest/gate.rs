@@ -72,20 +72,21 @@ impl Gate {
         Ok(())
     }
 
-    /// Closes it; returns what was admitted.
+    /// Closes it for the devices of these ids, for all where none is named; returns those of them that
+    /// were admitted.
     ///
     /// # Errors
-    /// What the kernel says.
-    pub fn close(&self) -> nix::Result<Vec<Live>> {
-        let admitted = std::mem::take(
-            &mut self
-                .state
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .admitted,
-        );
-        self.admit(Vec::new())?;
-        Ok(admitted)
+    /// What the kernel says; no new container gets one of them even so.
+    pub fn close(&self, ids: &[String]) -> nix::Result<Vec<Live>> {
+        let (closed, left): (Vec<_>, Vec<_>) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let all = std::mem::take(&mut state.admitted).into_iter();
+            let (closed, left) = all.partition(|d| ids.is_empty() || ids.contains(&d.id));
+            state.admitted.clone_from(&left);
+            (closed, left)
+        };
+        self.admit(left)?;
+        Ok(closed)
     }
 
     /// The admitted device of this id.

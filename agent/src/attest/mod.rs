@@ -276,16 +276,19 @@ impl Attestor {
         self.state().lease == lease.number
     }
 
-    /// Closes the gate; returns the devices that were admitted. Idempotent.
+    /// Closes the gate for the devices of these ids, for all where none is named. Returns those of them
+    /// that were admitted. No token counts any more that was asked for before. Idempotent.
     ///
     /// # Errors
     /// [`AttestError::Closed`] when the kernel does not take the filter back.
-    pub fn close(&self) -> Result<Vec<device::Live>, AttestError> {
+    pub fn close(&self, ids: &[String]) -> Result<Vec<device::Live>, AttestError> {
         let mut state = self.state();
-        state.lease += 1;
+        if ids.is_empty() {
+            state.lease += 1;
+        }
         state.asked = None;
         self.gate
-            .close()
+            .close(ids)
             .map_err(|errno| AttestError::Closed(format!("the device filter stays: {errno}")))
     }
 

@@ -1,37 +1,30 @@
-//! Lets go of disks that are about to be taken from the guest: a slot that is powered down is empty at
-//! once, one that the host asks for gives people 5 s to press its button again (PCIe base
-//! specification, 6.7.1.5). A virtio-mmio slot is let go of by its driver.
+//! Lets go of disks that are about to be taken from the guest: their slots are powered down; one in a
+//! virtio-mmio slot is let go of by its driver.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::log;
+use crate::{log, slot};
+
+/// Takes a virtio-mmio slot from its driver.
+const UNBIND: &str = "/sys/bus/platform/drivers/virtio-mmio/unbind";
 
 /// Powers down the slots of the disks with these serials. Best effort: what stays is taken by the host.
 pub(super) async fn eject(serials: Vec<String>) {
-    if serials.is_empty() {
-        return;
-    }
-    // The kernel waits a second for the power to be gone.
-    let done = tokio::task::spawn_blocking(move || {
-        for serial in serials {
-            let Some(place) = place(Path::new("/sys/block"), &serial) else {
-                continue;
-            };
-            let done = if let Some(slot) = slot(Path::new("/sys/bus/pci/slots"), &place) {
-                fs::write(slot.join("power"), "0")
-            } else if let Some(slot) = mmio_slot(&place) {
-                fs::write("/sys/bus/platform/drivers/virtio-mmio/unbind", slot)
-            } else {
-                Ok(())
-            };
-            if let Err(e) = done {
-                log!("let go of {}: {e}", place.display());
-            }
+    for serial in serials {
+        let Some(place) = place(Path::new("/sys/block"), &serial) else {
+            continue;
+        };
+        let done = if let Some(slot) = slot::holding(Path::new(slot::SLOTS), &place) {
+            slot::power_down(&slot).await
+        } else if let Some(slot) = mmio_slot(&place) {
+            slot::write(Path::new(UNBIND), slot).await
+        } else {
+            Ok(())
+        };
+        if let Err(e) = done {
+            log!("let go of {}: {e}", place.display());
         }
-    });
-    if let Err(e) = done.await {
-        log!("power down slots: {e}");
     }
 }
 
@@ -42,16 +35,6 @@ fn place(block: &Path, serial: &str) -> Option<PathBuf> {
         found.is_ok_and(|found| found.trim_end() == serial)
     })?;
     fs::canonicalize(disk.path()).ok()
-}
-
-/// The hot-plug slot that holds the disk; none where it is not behind one.
-fn slot(slots: &Path, place: &Path) -> Option<PathBuf> {
-    fs::read_dir(slots).ok()?.flatten().find_map(|entry| {
-        let address = fs::read_to_string(entry.path().join("address")).ok()?;
-        let function = format!("{}.0", address.trim_end());
-        let holds = place.iter().any(|part| part == function.as_str());
-        holds.then(|| entry.path())
-    })
 }
 
 /// The virtio-mmio slot that holds the disk.
@@ -66,9 +49,9 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn a_disk_is_in_the_slot_of_its_bus_address() {
+    fn a_disk_is_found_by_its_serial() {
         let dir = tempfile::tempdir().expect("folder");
-        let (block, slots) = (dir.path().join("block"), dir.path().join("slots"));
+        let block = dir.path().join("block");
         fs::create_dir(&block).expect("folder");
         for (name, place, serial) in [
             ("vda", "0000:00:03.0/virtio1/block/vda", "fixed"),
@@ -83,13 +66,9 @@ mod tests {
             fs::write(device.join("serial"), format!("{serial}\n")).expect("written");
             symlink(&device, block.join(name)).expect("link");
         }
-        for (number, address) in [("1", "0000:01:00\n"), ("2", "0000:02:00\n")] {
-            fs::create_dir_all(slots.join(number)).expect("folder");
-            fs::write(slots.join(number).join("address"), address).expect("written");
-        }
         let [data, fixed] = ["data-1", "fixed"].map(|s| place(&block, s).expect("there"));
-        assert_eq!(slot(&slots, &data), Some(slots.join("1")));
-        assert_eq!(slot(&slots, &fixed), None);
+        assert!(data.ends_with("0000:01:00.0/virtio4/block/vdb"));
+        assert!(fixed.ends_with("0000:00:03.0/virtio1/block/vda"));
         assert_eq!(place(&block, "data"), None);
         assert_eq!(mmio_slot(&data), None);
         let mmio = Path::new("/sys/devices/virtio-mmio-cmdline/virtio-mmio.3/virtio3/block/vda");

@@ -270,10 +270,12 @@ impl Containers {
         Ok(())
     }
 
-    /// Stops every container that has an admitted device; one that does not stop dies.
+    /// Stops every container that has an admitted device, if it does not stand still already; one that does
+    /// not stop dies.
     pub async fn freeze_with_devices(&self) {
         let all: Vec<_> = lock(&self.table).values().flatten().cloned().collect();
-        for container in all.iter().filter(|c| c.has_admitted_devices) {
+        let with_devices = |c: &&Arc<Container>| c.has_admitted_devices && !c.is_paused();
+        for container in all.iter().filter(with_devices) {
             if container.pause().await.is_err() && container.cgroup.kill().is_err() {
                 crate::log!("a container with devices neither stops nor dies");
             }

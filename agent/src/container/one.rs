@@ -246,6 +246,12 @@ impl Container {
         Ok(())
     }
 
+    /// Whether it stands still.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        matches!(lock(&self.state).phase, Phase::Paused)
+    }
+
     /// Lets its processes go on.
     ///
     /// # Errors

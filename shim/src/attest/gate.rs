@@ -90,6 +90,7 @@ impl Gate {
         let opened = self.open(&wanted).await;
         if let Err(e) = self.told(&wanted, opened) {
             let added = self.released.split_off(before);
+            self.ask_back(&added).await;
             self.take_back(added).await;
             return Err(e);
         }
@@ -195,9 +196,11 @@ impl Gate {
                 devices,
             },
         )?;
+        let life = claims.exp.saturating_sub(claims.iat);
+        let lease = life.min(settings.config.lease_seconds.into());
         Ok(Affirmed {
             token,
-            until: began + Duration::from_secs(claims.exp.saturating_sub(claims.iat)),
+            until: began + Duration::from_secs(lease),
             jti: claims.jti,
         })
     }
@@ -218,14 +221,12 @@ impl Gate {
         pod.guest().map_err(|_| AttestError::Ended)
     }
 
-    /// Half of the lease: of what the configuration says, or of the token's rest, whichever is less.
+    /// Half of what is left of the lease.
     fn half_life(&self) -> Duration {
-        let whole = Duration::from_secs(self.settings.config.lease_seconds.into());
-        let rest = self
-            .affirmed
-            .as_ref()
-            .map_or(whole, |a| a.until.saturating_duration_since(Instant::now()));
-        whole.min(rest) / 2
+        let until = self.affirmed.as_ref().map(|a| a.until);
+        until.map_or(Duration::ZERO, |until| {
+            until.saturating_duration_since(Instant::now()) / 2
+        })
     }
 
     /// Puts the gate's outcome into the audit log. A decision that cannot be written is none.
@@ -264,6 +265,22 @@ impl Gate {
             ..Record::default()
         })?;
         Ok(())
+    }
+
+    /// Asks the guest to close its gate for devices and to power their slots down: then taking them does
+    /// not wait. A guest that does not answer gives them up all the same, later.
+    async fn ask_back(&self, devices: &[Box<dyn Release>]) {
+        let request = agent::RevokeDevicesRequest {
+            devices: devices.iter().map(|d| d.id().to_owned()).collect(),
+            ..Default::default()
+        };
+        let Some(guest) = self.guest().ok().filter(|_| !devices.is_empty()) else {
+            return;
+        };
+        let asked = guest.agent().revoke_devices(Guest::soon(), &request);
+        if let Err(e) = asked.await {
+            tracing::warn!("Guest gate not closed: {e}");
+        }
     }
 
     /// Gives devices back to the host. A guest that does not let go of one loses its VM.
@@ -336,13 +353,7 @@ impl Gate {
             }
             OnLoss::Freeze => {
                 pod.freeze().await;
-                if let Ok(guest) = pod.guest() {
-                    let all = agent::Empty::default();
-                    let asked = guest.agent().revoke_devices(Guest::soon(), &all);
-                    if let Err(e) = asked.await {
-                        tracing::warn!("Guest gate not closed: {e}");
-                    }
-                }
+                self.ask_back(&self.released).await;
             }
         }
         let devices = std::mem::take(&mut self.released);

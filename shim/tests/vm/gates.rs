@@ -269,7 +269,7 @@ async fn a_shim_that_skips_its_gate_opens_nothing_in_the_guest() {
     let again = skipped.admit(good).await.unwrap_err();
     assert!(again.contains("no evidence was asked for"), "{again}");
     let agent = skipped.guest.agent();
-    let all = agent::Empty::default();
+    let all = agent::RevokeDevicesRequest::default();
     agent.revoke_devices(Guest::soon(), &all).await.unwrap();
     assert!(skipped.container().await.contains(NOT));
     skipped.vm.stop().await;
