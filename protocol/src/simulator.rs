@@ -25,7 +25,8 @@ const GPU: u8 = 2;
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ask {
-    /// A report over these 64 bytes; answered by the report and its endorsements.
+    /// A report over these 64 bytes; answered by the report and its endorsements, or a quote and its event
+    /// log.
     Report([u8; 64]),
     /// Evidence of a device over this nonce; answered by the report and its certificates.
     Gpu {

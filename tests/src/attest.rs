@@ -19,6 +19,8 @@ const MINIMUM_SNP: &str = "8";
 /// What differs between nodes.
 #[derive(Debug, Clone)]
 pub struct Node {
+    /// What is simulated: `snp` or `tdx`.
+    pub tee: String,
     /// A defect of all simulated evidence, or empty.
     pub defect: String,
     /// Renewal is after half of it, seconds.
@@ -34,6 +36,7 @@ pub struct Node {
 impl Default for Node {
     fn default() -> Self {
         Self {
+            tee: "snp".into(),
             defect: String::new(),
             lease_seconds: 300,
             on_loss: "kill".into(),
@@ -54,9 +57,12 @@ impl Env {
         content[..CONTENT.len()].copy_from_slice(CONTENT.as_bytes());
         fs::write(env.folder().join("content.img"), content)?;
         let (ca, out) = (env.path("ca"), env.path("minted"));
-        let minted = ["simulate", "gpu", "--ca", &ca, "--output", &out];
-        let minted = env.run("sealpod-attest", &minted);
-        ensure!(minted.code == 0, "sealpod-attest: {}", minted.text());
+        // The collateral of both lies in one folder; SNP needs none.
+        for kind in ["gpu", "tdx"] {
+            let minted = ["simulate", kind, "--ca", &ca, "--output", &out];
+            let minted = env.run("sealpod-attest", &minted);
+            ensure!(minted.code == 0, "sealpod-attest: {}", minted.text());
+        }
         env.reconfigure(&Node::default())?;
         env.expect(&[])?;
         Ok(env)
@@ -72,6 +78,7 @@ impl Env {
     /// Where the file cannot be written.
     pub fn reconfigure(&self, node: &Node) -> Result<()> {
         let Node {
+            tee,
             defect,
             lease_seconds,
             on_loss,
@@ -86,9 +93,9 @@ impl Env {
         let (collateral, refs) = (self.path("minted/collateral"), self.path("refs.json"));
         let content = self.path("content.img");
         let attestation = format!(
-            "[annotations]\nallow = [\"kernel_params\", \"attestation.policy\", \"attestation.devices\"]\n\
+            "[annotations]\nallow = [\"kernel_params\", \"attestation.policy\", \"attestation.devices\", \"init_data\"]\n\
              [attestation]\nstate_dir = \"{state}\"\nsimulator = \"{ca}\"\n{anchors}\
-             collateral = \"{collateral}\"\nsimulator_defect = \"{defect}\"\n\
+             collateral = \"{collateral}\"\nsimulator_tee = \"{tee}\"\nsimulator_defect = \"{defect}\"\n\
              lease_seconds = {lease_seconds}\n{more}\
              [attestation.policies.default]\nreference_values = \"{refs}\"\non_loss = \"{on_loss}\"\n\
              [attestation.devices.\"{DEVICE}\"]\nkind = \"stand-in\"\npath = \"{content}\"\n"

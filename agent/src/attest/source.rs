@@ -22,6 +22,8 @@ const SEV_GUEST: &str = "/dev/sev-guest";
 const TDX_GUEST: &str = "/dev/tdx_guest";
 /// The firmware's event log in a TD (ACPI table CCEL).
 const EVENT_LOG: &str = "/sys/firmware/acpi/tables/data/CCEL";
+/// Length of an SNP report (SEV-SNP ABI, table 23). A quote, which carries its chain, is longer.
+const SNP_REPORT: usize = 1184;
 /// HOST_DATA of an SNP report (SEV-SNP ABI, table 23).
 const HOST_DATA: std::ops::Range<usize> = 0xC0..0xE0;
 /// MRCONFIGID of a quote's body (TDX DCAP, quote formats 4 and 5): after the header and the fields
@@ -168,13 +170,8 @@ impl Source {
             Self::SevGuest => sev_guest(data),
             Self::Simulator(key) => {
                 let ask = Ask::Report(*data);
-                let (report, endorsements) = ask_simulator(key, ask).await?;
-                Ok(CpuEvidence {
-                    tee: Tee::Snp,
-                    report,
-                    endorsements,
-                    event_log: Vec::new(),
-                })
+                let (report, second) = ask_simulator(key, ask).await?;
+                Ok(simulated(report, second))
             }
         }
     }
@@ -193,6 +190,21 @@ impl Source {
         };
         let device = device.to_owned();
         ask_simulator(key, Ask::Gpu { nonce, device }).await
+    }
+}
+
+/// What the simulator answered: a report and its certificate table, or a quote and its event log.
+fn simulated(report: Vec<u8>, second: Vec<u8>) -> CpuEvidence {
+    let (tee, endorsements, event_log) = if report.len() == SNP_REPORT {
+        (Tee::Snp, second, Vec::new())
+    } else {
+        (Tee::Tdx, Vec::new(), second)
+    };
+    CpuEvidence {
+        tee,
+        report,
+        endorsements,
+        event_log,
     }
 }
 
@@ -299,6 +311,22 @@ mod tests {
             evidence(Tee::Snp, vec![0; 1184])
                 .check_init_data(b"")
                 .is_ok()
+        );
+    }
+
+    #[test]
+    fn a_simulated_quote_comes_with_its_event_log_and_a_report_with_its_table() {
+        let snp = simulated(vec![0; SNP_REPORT], b"table".to_vec());
+        assert_eq!(snp.tee, Tee::Snp);
+        assert_eq!(
+            (&snp.endorsements[..], &snp.event_log[..]),
+            (&b"table"[..], &b""[..])
+        );
+        let tdx = simulated(vec![0; 5000], b"log".to_vec());
+        assert_eq!(tdx.tee, Tee::Tdx);
+        assert_eq!(
+            (&tdx.endorsements[..], &tdx.event_log[..]),
+            (&b""[..], &b"log"[..])
         );
     }
 

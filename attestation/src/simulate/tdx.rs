@@ -95,7 +95,7 @@ impl TdxClaims {
     }
 
     /// The event log (CCEL).
-    fn event_log(&self) -> Vec<u8> {
+    pub fn event_log(&self) -> Vec<u8> {
         let mut log = vec![0; 28];
         log[4] = 3;
         log.extend(16u32.to_le_bytes());

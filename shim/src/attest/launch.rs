@@ -1,7 +1,10 @@
 //! What a pod's VM starts with, as evidence sees it: the launch measurement, and the init-data that is
 //! bound into it. Reads the files that are booted; starts nothing.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     config::{self, Config},
@@ -9,12 +12,17 @@ use crate::{
 };
 use sealpod_attestation::{
     binding::PublicKey,
+    crypto::sha384,
     init_data::{self, InitData},
     measure::{self, CpuType, KernelHashes, MeasureError, SnpLaunch},
+    simulate::TdxClaims,
 };
 
 /// SEV_FEATURES of the vCPUs: SNP and nothing else.
 const FEATURES: u64 = 1;
+/// RTMR1 and RTMR2 as event logs number them (UEFI 2.10, 38.4.1).
+const RTMR1: u32 = 2;
+const RTMR2: u32 = 3;
 
 /// A measurement that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -53,12 +61,6 @@ impl Launch {
     /// # Errors
     /// [`LaunchError`].
     pub fn measurement(&self) -> Result<[u8; 48], LaunchError> {
-        let read = |path: &PathBuf| {
-            std::fs::read(path).map_err(|source| LaunchError::Read {
-                path: path.clone(),
-                source,
-            })
-        };
         let (kernel, initramfs) = (read(&self.kernel)?, read(&self.initramfs)?);
         let launch = SnpLaunch {
             ovmf: &measure::stand_in(),
@@ -69,6 +71,32 @@ impl Launch {
         };
         Ok(measure::snp_launch_digest(&launch)?)
     }
+
+    /// What a simulated TD of these files and settings says of itself: MRTD, for which stands the digest
+    /// of [`measure::stand_in`], and the events that make RTMR1 (kernel) and RTMR2 (command line, initial
+    /// RAM disk). The number of vCPUs is in none of them. Blocks like [`Self::measurement`].
+    ///
+    /// # Errors
+    /// [`LaunchError::Read`].
+    pub fn td(&self) -> Result<TdxClaims, LaunchError> {
+        let (kernel, initramfs) = (read(&self.kernel)?, read(&self.initramfs)?);
+        Ok(TdxClaims {
+            mr_td: sha384(&measure::stand_in()),
+            events: vec![
+                (RTMR1, sha384(&kernel).to_vec()),
+                (RTMR2, self.cmdline.clone().into_bytes()),
+                (RTMR2, sha384(&initramfs).to_vec()),
+            ],
+            ..TdxClaims::default()
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, LaunchError> {
+    std::fs::read(path).map_err(|source| LaunchError::Read {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// What a pod of this node starts with that QEMU runs: with so many vCPUs, more words for its kernel, and
@@ -155,6 +183,13 @@ mod tests {
         all.sort_unstable();
         all.dedup();
         assert_eq!(all.len(), others.len());
+        // A TD's does not have the vCPUs.
+        let td = |l: &Launch| l.td().expect("claims").registers();
+        let mut all: Vec<_> = others.iter().map(td).collect();
+        assert_eq!(all.pop(), Some(all[0]));
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), others.len() - 1);
         others[0].kernel = dir.path().join("missing");
         let e = others[0].measurement().expect_err("missing").to_string();
         assert!(e.contains("missing"), "{e}");

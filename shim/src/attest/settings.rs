@@ -67,7 +67,7 @@ impl Settings {
         let simulator = match simulated {
             true => Some(Simulator::start(
                 dir,
-                &config.simulator,
+                (&config.simulator, config.simulator_tee),
                 &config.simulator_defect,
                 launch,
                 &init_data,

@@ -5,8 +5,11 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use sealpod_attestation::{
-    Timestamp, init_data,
-    simulate::{Ca, Defect, GpuClaims, SimulateError, SnpClaims},
+    Timestamp,
+    evidence::Tee,
+    init_data,
+    simulate::{Ca, Defect, GpuClaims, SimulateError, SnpClaims, TdxClaims},
+    verdict,
 };
 use sealpod_protocol::{
     SIMULATOR_PORT,
@@ -59,20 +62,28 @@ struct Shared {
     key: [u8; KEY_LEN],
     ca: Ca,
     defect: String,
+    tee: Tee,
     launch: Launch,
-    host_data: [u8; 32],
-    measurement: OnceCell<[u8; 48]>,
+    init_data: Vec<u8>,
+    measured: OnceCell<Measured>,
+}
+
+/// What a guest of either TEE says of itself each time: what it was launched with.
+#[derive(Clone)]
+enum Measured {
+    Snp(SnpClaims),
+    Tdx(TdxClaims),
 }
 
 impl Simulator {
-    /// Starts the simulator of the pod whose folder is `dir`, under the authority of folder `ca`. Every
-    /// piece of evidence gets the defect that is named, if its kind can have it.
+    /// Starts the simulator of the pod whose folder is `dir`: of such a TEE, under the authority of folder
+    /// `ca`. Every piece of evidence gets the defect that is named, if its kind can have it.
     ///
     /// # Errors
     /// [`SimulatorError`].
     pub fn start(
         dir: &Path,
-        ca: &Path,
+        (ca, tee): (&Path, Tee),
         defect: &str,
         launch: Launch,
         init_data: &[u8],
@@ -83,9 +94,10 @@ impl Simulator {
             key,
             ca: Ca::open(ca, now())?,
             defect: defect.into(),
+            tee,
             launch,
-            host_data: init_data::host_data(init_data),
-            measurement: OnceCell::new(),
+            init_data: init_data.to_vec(),
+            measured: OnceCell::new(),
         });
         let path = dir.join(format!("{}_{SIMULATOR_PORT}", vm::VSOCK_FILE));
         let listener = UnixListener::bind(path)?;
@@ -153,44 +165,60 @@ async fn read(stream: &mut UnixStream) -> Option<Request> {
 async fn mint(shared: &Arc<Shared>, ask: Ask) -> Result<(Vec<u8>, Vec<u8>), SimulatorError> {
     // Some milliseconds of hashing and signing, the first time some hundred.
     let worker = Arc::clone(shared);
-    let measurement = shared
-        .measurement
+    let measured = shared
+        .measured
         .get_or_try_init(|| async move {
-            let measured = tokio::task::spawn_blocking(move || worker.launch.measurement());
-            let measured = measured.await.map_err(std::io::Error::other)?;
-            Ok::<_, SimulatorError>(measured?)
+            let measured = tokio::task::spawn_blocking(move || measure(&worker));
+            measured.await.map_err(std::io::Error::other)?
         })
         .await?;
-    let (measurement, shared) = (*measurement, Arc::clone(shared));
-    let minted = tokio::task::spawn_blocking(move || mint_now(&shared, measurement, ask));
+    let (measured, shared) = (measured.clone(), Arc::clone(shared));
+    let minted = tokio::task::spawn_blocking(move || mint_now(&shared, measured, ask));
     minted.await.map_err(std::io::Error::other)?
+}
+
+fn measure(shared: &Shared) -> Result<Measured, SimulatorError> {
+    Ok(match shared.tee {
+        Tee::Snp => Measured::Snp(SnpClaims {
+            measurement: shared.launch.measurement()?,
+            host_data: init_data::host_data(&shared.init_data),
+            ..SnpClaims::default()
+        }),
+        Tee::Tdx => Measured::Tdx(TdxClaims {
+            mr_config_id: init_data::mr_config_id(&shared.init_data),
+            ..shared.launch.td()?
+        }),
+    })
 }
 
 fn mint_now(
     shared: &Shared,
-    measurement: [u8; 48],
+    measured: Measured,
     ask: Ask,
 ) -> Result<(Vec<u8>, Vec<u8>), SimulatorError> {
-    use sealpod_attestation::verdict::Tee;
     // A defect of the CPU's evidence is none of a GPU's, and the other way round.
     let defect = |tee| Defect::from_name(&shared.defect, tee).ok();
-    let minted = match ask {
-        Ask::Report(report_data) => {
-            let claims = SnpClaims {
-                report_data,
-                measurement,
-                host_data: shared.host_data,
-                ..SnpClaims::default()
-            };
-            shared.ca.mint_snp(&claims, defect(Tee::Snp))?
+    match (ask, measured) {
+        (Ask::Report(report_data), Measured::Snp(mut claims)) => {
+            claims.report_data = report_data;
+            let defect = defect(verdict::Tee::Snp);
+            let minted = shared.ca.mint_snp(&claims, defect)?;
+            Ok((minted.report, minted.endorsements))
         }
-        Ask::Gpu { nonce, device: _ } => {
+        (Ask::Report(report_data), Measured::Tdx(mut claims)) => {
+            claims.report_data = report_data;
+            let defect = defect(verdict::Tee::Tdx);
+            let minted = shared.ca.mint_tdx(&claims, defect)?;
+            Ok((minted.report, claims.event_log()))
+        }
+        (Ask::Gpu { nonce, device: _ }, _) => {
             let claims = GpuClaims {
                 nonce,
                 ..GpuClaims::default()
             };
-            shared.ca.mint_gpu(&claims, defect(Tee::Nvidia))?
+            let defect = defect(verdict::Tee::Nvidia);
+            let minted = shared.ca.mint_gpu(&claims, defect)?;
+            Ok((minted.report, minted.endorsements))
         }
-    };
-    Ok((minted.report, minted.endorsements))
+    }
 }

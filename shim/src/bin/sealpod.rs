@@ -137,7 +137,10 @@ fn measure(
     if let Some(svn) = minimum_snp {
         snp["limits"] = serde_json::json!({ "minimum_tcb": { "snp": svn } });
     }
-    let references = serde_json::json!({ "snp": snp });
+    let td = launch.td()?;
+    let [_, rtmr1, rtmr2, _] = td.registers().map(|register| [hex(&register)]);
+    let tdx = serde_json::json!({ "mr_td": [hex(&td.mr_td)], "rtmr1": rtmr1, "rtmr2": rtmr2 });
+    let references = serde_json::json!({ "snp": snp, "tdx": tdx });
     println!("{}", serde_json::to_string_pretty(&references)?);
     eprintln!("command line: {}", launch.cmdline);
     Ok(ExitCode::SUCCESS)

@@ -6,6 +6,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use sealpod_attestation::evidence::Tee;
 use serde::{Deserialize, Serialize};
 
 use super::Complaint;
@@ -33,6 +34,8 @@ pub struct Attestation {
     pub collateral: PathBuf,
     /// Folder of a simulator's authority: pods on nodes without a TEE get simulated evidence. Empty: none.
     pub simulator: PathBuf,
+    /// The TEE that it simulates.
+    pub simulator_tee: Tee,
     /// A defect that all simulated evidence gets, for tests; empty: none.
     pub simulator_defect: String,
     /// A lease is renewed after half of this, seconds.
@@ -92,6 +95,7 @@ impl Default for Attestation {
             anchors: PathBuf::new(),
             collateral: PathBuf::new(),
             simulator: PathBuf::new(),
+            simulator_tee: Tee::Snp,
             simulator_defect: String::new(),
             lease_seconds: LEASE_MAX,
             policies: BTreeMap::new(),

@@ -8,7 +8,7 @@ use sealpod_attestation::{
     Timestamp,
     binding::Nonce,
     encoding::hex,
-    evidence::Bundle,
+    evidence::{Bundle, Tee},
     init_data::{self, InitData},
     signer::Signer,
     simulate::Ca,
@@ -70,7 +70,7 @@ impl Skipped {
         let ca = bench.file("marker", b"").with_file_name("ca");
         Ca::create(&ca, Timestamp(i64::try_from(now()).unwrap())).unwrap();
         let dir = config.dir.clone();
-        let simulator = Simulator::start(&dir, &ca, "", launch, &init_data).unwrap();
+        let simulator = Simulator::start(&dir, (&ca, Tee::Snp), "", launch, &init_data).unwrap();
         let listener = UnixListener::bind(dir.join(format!("{VSOCK_FILE}_{AGENT_PORT}"))).unwrap();
         let vm = Qemu.start(config, &bench.ledger).await.unwrap();
         let vsock = dir.join(VSOCK_FILE);

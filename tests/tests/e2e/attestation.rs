@@ -2,7 +2,7 @@
 //! inside it, and taken away when the pod no longer is. The TEE is simulated; everything else is what a
 //! node does.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sealpod_tests::{
     Env, Version, assets,
@@ -123,10 +123,13 @@ fn a_lease_is_renewed_and_its_loss_takes_the_device_away() {
         wait::until(wanted, patience, || {
             (env.ctr_status(&id).as_deref() == Some(wanted)).then_some(())
         });
+        let began = Instant::now();
         wait::until("the device is back", patience, || {
             let busy = env.run("flock", &["-n", "content.img", "true"]);
             (busy.code == 0).then_some(())
         });
+        eprintln!("{on_loss}: the device is back after {:?}", began.elapsed());
+        assert_eq!(env.ctr_status(&id).as_deref(), Some(wanted));
         assert!(env.audit().contains("\"event\":\"revocation\""));
         env.ctr_remove(&id);
         for log in env.audit_logs() {
@@ -150,4 +153,31 @@ fn the_audit_log_of_a_pod_verifies_and_a_changed_line_is_found() {
     std::fs::write(&log, text.replacen("released", "withheld", 1)).unwrap();
     let done = env.run("sealpod-attest", &verify);
     assert_ne!(done.code, 0, "{}", done.text());
+}
+
+#[test]
+fn a_device_is_released_to_a_simulated_td_and_only_to_the_one_that_is_expected() {
+    need!(assets::complete());
+    let env = Env::attesting(Version::V1_7).unwrap();
+    let td = Node {
+        tee: "tdx".into(),
+        ..Node::default()
+    };
+    env.reconfigure(&td).unwrap();
+    let done = read_device(&env, "td", &[]).ok();
+    assert_eq!(done.stdout, CONTENT);
+    let audit = env.audit();
+    assert!(audit.contains("\"verdict\":\"released\""), "{audit}");
+    // Another command line is another RTMR2.
+    let other = ["--annotation", "io.sealpod.kernel_params=sealed.not=1"];
+    let done = read_device(&env, "measured", &other);
+    assert!(done.text().contains("check rtmr2"), "{}", done.text());
+    let debug = Node {
+        defect: "debug".into(),
+        ..td
+    };
+    env.reconfigure(&debug).unwrap();
+    let done = read_device(&env, "debug", &[]);
+    assert!(done.text().contains("td-debug"), "{}", done.text());
+    env.assert_clean();
 }
