@@ -22,6 +22,7 @@ mod many;
 mod network;
 mod options;
 mod redis;
+mod remote_verifier;
 
 /// One `#[test]` per containerd version for each body, in a module named after it.
 #[macro_export]

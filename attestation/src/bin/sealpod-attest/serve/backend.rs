@@ -32,6 +32,8 @@ use crate::input;
 /// File names in the state folder.
 const KEY: &str = "verifier-key.p8";
 const AUDIT: &str = "audit.log";
+/// The key's public half, as init-data of pods names it.
+const PUBLIC: &str = "verifier.jwk";
 /// Longest anchors, reference values and policy.
 const MAX_INPUT: u64 = 4 << 20;
 /// Longest audience of a token.
@@ -64,6 +66,9 @@ impl Backend {
     /// Loads everything; makes the signing key where there is none.
     pub(crate) fn open(config: &Config) -> anyhow::Result<Self> {
         let signer = Arc::new(signing_key(&config.state.join(KEY))?);
+        let public = config.state.join(PUBLIC);
+        std::fs::write(&public, serde_json::to_vec(signer.public())?)
+            .with_context(|| format!("Cannot write {}", public.display()))?;
         let path = config.state.join(AUDIT);
         let audit = AuditLog::open(&path, Arc::clone(&signer))
             .with_context(|| format!("Cannot use {}", path.display()))?;
