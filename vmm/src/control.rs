@@ -140,6 +140,7 @@ impl Service {
             console: File::from(OwnedFd::from(console)),
             devices,
             spare_slots: request.spare_slots as usize,
+            confined: true,
         };
         let tell = self.tell.clone();
         let machine = Machine::new(config, move |end| {

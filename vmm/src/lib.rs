@@ -1,6 +1,7 @@
 //! The machine side of sealpod: devices that a VM is given, written against guest memory and
 //! virtqueues and not against one hypervisor, and the built-in VMM that gives them to a guest on KVM.
 
+pub mod confine;
 pub mod control;
 pub mod machine;
 pub mod mmio;

@@ -231,7 +231,8 @@ async fn several_vcpus_and_ports_come_up() {
 
 #[tokio::test]
 async fn a_nic_can_be_there_from_the_start_or_come_later() {
-    let script = "n=/sys/class/net; echo up; cat $n/eth0/address $n/eth0/mtu
+    let script = "n=/sys/class/net; ifconfig eth0 10.9.0.2; ping -c 1 -W 1 10.9.0.1; echo up
+        cat $n/eth0/address $n/eth0/mtu
         until [ -e $n/eth1 ]; do look; sleep 0.05; done
         cat $n/eth1/address $n/eth1/mtu; echo done; reboot -f";
     let Some(bench) = Bench::with_guest(script) else {

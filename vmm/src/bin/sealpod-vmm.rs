@@ -126,5 +126,6 @@ fn parse(arguments: &[String]) -> Result<Config, Failure> {
         console: File::from(console),
         devices,
         spare_slots,
+        confined: true,
     })
 }

@@ -1,6 +1,6 @@
 //! A virtual machine on KVM: memory, processors, interrupts and slots for virtio devices, without
-//! firmware, PCI or ACPI. `docs/vmm.md` has its map. Devices are made by whoever uses this; processes,
-//! privileges and the control protocol are no business of this room.
+//! firmware, PCI or ACPI. `docs/vmm.md` has its map. Devices are made by whoever uses this; processes
+//! and the control protocol are no business of this room.
 //!
 //! ```text
 //!  Machine::new ─▶ built ─ resume() ─▶ running ◀─ pause() / resume() ─▶ paused
@@ -30,6 +30,7 @@ pub use boot::Boot;
 pub use layout::{CMDLINE_MAX, DEVICES_MAX};
 pub use saved::Restore;
 
+use crate::confine;
 use crate::mmio::Transport;
 use crate::virtio::{Device, EventLoop};
 use bus::{Bus, lock};
@@ -57,6 +58,9 @@ pub struct Config {
     pub devices: Vec<Arc<Mutex<dyn Device>>>,
     /// Slots for devices that come later; with `devices` at most [`DEVICES_MAX`].
     pub spare_slots: usize,
+    /// Whether to confine the calling thread and the machine's ([`confine`]): for a process that
+    /// has nothing to do but this. Such a machine cannot be saved.
+    pub confined: bool,
 }
 
 /// How a machine ended.
@@ -131,6 +135,9 @@ pub enum Error {
     /// The event loop could not be made.
     #[error(transparent)]
     Device(#[from] crate::virtio::Error),
+    /// What the VMM may do could not be limited.
+    #[error(transparent)]
+    Confine(#[from] confine::Error),
     /// It could not be written down, or what was written cannot be used.
     #[error(transparent)]
     Snapshot(#[from] crate::snapshot::Error),
@@ -190,7 +197,7 @@ impl Machine {
             cpu::set_up(vcpu, &supported, id, config.vcpus)?;
         }
         cpu::enter_pvh(&parts.cpus[0], entry)?;
-        parts.start(ended)
+        parts.start(config.confined, ended)
     }
 
     /// Lets the processors run. Idempotent.

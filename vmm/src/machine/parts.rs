@@ -2,7 +2,7 @@
 //! bus and slots. The processors have no state yet; giving them one is `cpu`'s, or `saved`'s.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::bus::Bus;
 use super::vcpu::Vcpus;
 use super::{End, Error, Machine, layout, serial};
+use crate::confine;
 use crate::mmio::{QUEUE_NOTIFY, Transport};
 use crate::virtio::{Device, EventLoop, Memory};
 
@@ -69,25 +70,25 @@ impl Parts {
         })
     }
 
-    /// Starts the threads, paused.
-    pub(super) fn start(self, ended: impl FnOnce(End) + Send + 'static) -> Result<Machine, Error> {
+    /// Starts the threads, paused; confined ones, and the calling one, before any runs the guest.
+    pub(super) fn start(
+        self,
+        confined: bool,
+        ended: impl FnOnce(End) + Send + 'static,
+    ) -> Result<Machine, Error> {
+        if confined {
+            confine::process()?;
+        }
         let last_words = Arc::clone(&self.bus);
         let ended = move |end| {
             last_words.flush_console();
             ended(end);
         };
-        let vcpus = Vcpus::start(self.cpus, &self.bus, ended)?;
-        let serving = Arc::clone(&self.events);
-        let serve = move || {
-            if let Err(e) = serving.run() {
-                tracing::error!("The VM's devices stop: {e}");
-            }
-        };
-        thread::Builder::new()
-            .name("devices".into())
-            .stack_size(STACK)
-            .spawn(serve)
-            .map_err(Error::io("start the devices' thread"))?;
+        let vcpus = Vcpus::start(self.cpus, &self.bus, confined, ended)?;
+        serve(Arc::clone(&self.events), confined)?;
+        if confined {
+            confine::thread(confine::Thread::Main)?;
+        }
         Ok(Machine {
             vcpus,
             bus: self.bus,
@@ -97,6 +98,30 @@ impl Parts {
             vm: self.vm,
         })
     }
+}
+
+/// Starts the thread that serves the devices.
+fn serve(events: Arc<EventLoop>, confined: bool) -> Result<(), Error> {
+    let (tell, told) = mpsc::sync_channel(1);
+    let body = move || {
+        let ready = match confined {
+            true => confine::thread(confine::Thread::Devices),
+            false => Ok(()),
+        };
+        let go = ready.is_ok();
+        // Whoever started it waits for this.
+        let _ = tell.send(ready);
+        if go && let Err(e) = events.run() {
+            tracing::error!("The VM's devices stop: {e}");
+        }
+    };
+    thread::Builder::new()
+        .name("devices".into())
+        .stack_size(STACK)
+        .spawn(body)
+        .map_err(Error::io("start the devices' thread"))?;
+    let ended = |_| Error::Cpu("the devices' thread ended".into());
+    Ok(told.recv().map_err(ended)??)
 }
 
 /// Gives KVM the guest's memory.

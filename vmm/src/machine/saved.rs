@@ -86,7 +86,7 @@ impl Machine {
         for (slot, saved) in parts.bus.slots.iter().zip(&state.slots) {
             restore_slot(&mut lock(slot), saved)?;
         }
-        parts.start(ended)
+        parts.start(false, ended)
     }
 }
 

@@ -12,6 +12,7 @@
     reason = "a thread that runs a guest is interrupted by a signal"
 )]
 
+use std::error::Error as _;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -21,6 +22,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::bus::Bus;
 use super::{End, Error};
+use crate::confine;
 
 /// A thread that did not see its signal, because it was about to enter the guest, gets another.
 const KICK_EVERY: Duration = Duration::from_millis(2);
@@ -66,6 +68,7 @@ impl Vcpus {
     pub(super) fn start(
         cpus: Vec<VcpuFd>,
         bus: &Arc<Bus>,
+        confined: bool,
         ended: impl FnOnce(End) + Send + 'static,
     ) -> Result<Self, Error> {
         handle_kicks().map_err(Error::io("handle the signal that interrupts vCPUs"))?;
@@ -85,7 +88,11 @@ impl Vcpus {
             let gate = Arc::clone(&gate);
             let (bus, ended) = (Arc::clone(bus), Arc::clone(&ended));
             let body = move || {
-                let end = gate.serve(id, &mut cpu, &bus);
+                // Without its filter it never enters the guest.
+                let end = match confine(confined) {
+                    Ok(()) => gate.serve(id, &mut cpu, &bus),
+                    Err(why) => Some(End::Failed(why)),
+                };
                 gate.leave();
                 if let Some(end) = end
                     && let Some(tell) = lock(&ended).take()
@@ -165,6 +172,16 @@ impl Vcpus {
             let waited = self.gate.changed.wait_timeout(state, KICK_EVERY);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+fn confine(wanted: bool) -> Result<(), String> {
+    match wanted {
+        true => confine::thread(confine::Thread::Vcpu).map_err(|e| match e.source() {
+            Some(cause) => format!("{e}: {cause}"),
+            None => e.to_string(),
+        }),
+        false => Ok(()),
     }
 }
 

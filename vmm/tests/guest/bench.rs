@@ -83,6 +83,7 @@ impl Bench {
                 console,
                 devices,
                 spare_slots: 1,
+                confined: false,
             };
             Machine::new(config, ended)
         })

@@ -97,6 +97,7 @@ fn speed() {
             console: File::from(OwnedFd::from(theirs)),
             devices,
             spare_slots: 0,
+            confined: false,
         };
         let machine = Machine::new(config, |_| {}).unwrap();
         machine.resume();

@@ -1,0 +1,267 @@
+//! Which system calls each kind of thread may make once it is confined, and why. Tables only.
+//!
+//! A rule stands for a call that was seen in the lab (`seen.txt`, made by `vmm/seen.sh`), or says that it
+//! is for what no run shows. A test keeps tables and record together: what nobody needs is not here.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+
+use super::Thread;
+
+/// A system call that is allowed.
+struct Rule {
+    call: c_long,
+    /// As people and strace call it.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the test of the tables"))]
+    name: &'static str,
+    only: Only,
+    /// What needs it, when no run in the lab shows it.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for the test of the tables"))]
+    unseen: Option<&'static str>,
+}
+
+/// Which of its uses.
+enum Only {
+    /// All.
+    Any,
+    /// Those whose argument of this number is one of these.
+    One(u8, &'static [u64]),
+    /// Those whose argument of this number has none of these bits.
+    Without(u8, u64),
+}
+
+/// `rule!(call)`, `rule!(call, only)`, and with `unseen "what needs it"`.
+macro_rules! rule {
+    ($call:ident) => {
+        rule!($call, Only::Any)
+    };
+    ($call:ident, unseen $why:literal) => {
+        rule!($call, Only::Any, Some($why))
+    };
+    ($call:ident, $only:expr) => {
+        rule!($call, $only, None)
+    };
+    ($call:ident, $only:expr, unseen $why:literal) => {
+        rule!($call, $only, Some($why))
+    };
+    ($call:ident, $only:expr, $unseen:expr) => {
+        Rule {
+            call: libc::$call,
+            name: stringify!($call),
+            only: $only,
+            unseen: $unseen,
+        }
+    };
+}
+
+// ioctl numbers (linux/kvm.h, linux/if_tun.h, asm-generic/ioctls.h), x86-64.
+const KVM_RUN: u64 = 0xae80;
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+const FIONBIO: u64 = 0x5421;
+// fcntl commands.
+const F_GETFD: u64 = libc::F_GETFD as u64;
+const F_SETFD: u64 = libc::F_SETFD as u64;
+const F_GETFL: u64 = libc::F_GETFL as u64;
+const F_SETFL: u64 = libc::F_SETFL as u64;
+const F_DUPFD: u64 = libc::F_DUPFD_CLOEXEC as u64;
+
+const NOT_EXECUTABLE: Only = Only::Without(2, libc::PROT_EXEC as u64);
+
+/// Every thread: memory, locks, eventfds, descriptors, its end.
+const ALL: &[Rule] = &[
+    // Locks.
+    rule!(SYS_futex),
+    rule!(SYS_sched_yield, unseen "channels wait so for a sender that is in the middle of it"),
+    // The allocator.
+    rule!(SYS_mmap, NOT_EXECUTABLE, unseen "the allocator asks the kernel for more"),
+    rule!(SYS_munmap),
+    rule!(SYS_mprotect, NOT_EXECUTABLE, unseen "the allocator grows a thread's arena"),
+    rule!(SYS_mremap, unseen "the allocator moves large blocks so"),
+    rule!(SYS_brk, unseen "the allocator's first arena, which threads may share"),
+    // The allocator; the balloon.
+    rule!(SYS_madvise),
+    // Eventfds; the console; last words.
+    rule!(SYS_read),
+    rule!(SYS_write),
+    // Devices that are given up.
+    rule!(SYS_close),
+    // A thread's or the process' end, also an abort's.
+    rule!(SYS_exit_group, unseen "a forbidden call ends the process in any thread"),
+    rule!(SYS_exit),
+    rule!(SYS_sigaltstack),
+    rule!(SYS_rt_sigprocmask),
+    rule!(SYS_getpid, unseen "abort"),
+    rule!(SYS_gettid, unseen "abort, panic messages"),
+];
+
+/// A virtual processor: the guest, and devices when their driver comes up or goes.
+const VCPU: &[Rule] = &[
+    // The guest; what a network driver accepted.
+    rule!(SYS_ioctl, Only::One(1, &[KVM_RUN, TUNSETOFFLOAD])),
+    // After the signal that takes it out of the guest.
+    rule!(SYS_rt_sigreturn),
+    // Tells a vhost-user daemon of queues, and hears its answers.
+    rule!(SYS_sendmsg),
+    rule!(SYS_recvmsg),
+    // A queue's eventfds go to the daemon as copies.
+    rule!(SYS_fcntl, Only::One(1, &[F_GETFD, F_DUPFD])),
+    // Has the devices' thread wait for a queue.
+    rule!(SYS_epoll_ctl),
+    rule!(SYS_tgkill, Only::One(2, &[libc::SIGABRT as u64]), unseen "abort"),
+];
+
+/// The devices.
+const DEVICES: &[Rule] = &[
+    rule!(SYS_epoll_wait),
+    rule!(SYS_epoll_ctl, unseen "a tap that has nothing more to say"),
+    // Disks.
+    rule!(SYS_preadv),
+    rule!(SYS_pwritev),
+    rule!(SYS_fdatasync, unseen "flushes"),
+    rule!(SYS_fallocate, unseen "discards and zeroing"),
+    rule!(SYS_pwrite64, unseen "zeroing where the disk cannot do it"),
+    // Whoever drops a device last closes what it had.
+    rule!(SYS_fcntl, Only::One(1, &[F_GETFD]), unseen "debug builds look whether what they close is open"),
+    // Taps.
+    rule!(SYS_readv),
+    rule!(SYS_writev),
+    rule!(SYS_tgkill, Only::One(2, &[libc::SIGABRT as u64]), unseen "abort"),
+];
+
+/// What the shim asks for, devices that come later, the end.
+const MAIN: &[Rule] = &[
+    rule!(SYS_epoll_wait),
+    rule!(SYS_epoll_ctl),
+    // The shim's requests, and descriptors.
+    rule!(SYS_recvfrom),
+    rule!(SYS_sendto),
+    rule!(SYS_recvmsg),
+    // Descriptors must not block; a tap's headers.
+    rule!(SYS_ioctl, Only::One(1, &[FIONBIO, TUNSETVNETHDRSZ])),
+    rule!(
+        SYS_fcntl,
+        Only::One(1, &[F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD])
+    ),
+    // What kind of disk, and how large.
+    rule!(SYS_statx),
+    rule!(SYS_lseek),
+    // Takes processors out of the guest; abort.
+    rule!(SYS_tgkill, Only::One(2, &[KICK, libc::SIGABRT as u64])),
+];
+
+/// `SIGRTMIN` as glibc has it: the first two real-time signals are its own.
+const KICK: u64 = 34;
+
+fn rules(kind: Thread) -> impl Iterator<Item = &'static Rule> {
+    let own = match kind {
+        Thread::Main => MAIN,
+        Thread::Devices => DEVICES,
+        Thread::Vcpu => VCPU,
+    };
+    ALL.iter().chain(own)
+}
+
+/// The rules of a kind of thread as a filter takes them.
+pub(super) fn filter(
+    kind: Thread,
+) -> Result<BTreeMap<c_long, Vec<SeccompRule>>, seccompiler::BackendError> {
+    let mut filter = BTreeMap::new();
+    for rule in rules(kind) {
+        filter.insert(rule.call, conditions(&rule.only)?);
+    }
+    Ok(filter)
+}
+
+/// One of them must hold; none: always.
+fn conditions(only: &Only) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    // Commands, protections and signals are ints; the kernel ignores what is above.
+    let holds = |argument, operator, value| {
+        let length = SeccompCmpArgLen::Dword;
+        SeccompRule::new(vec![SeccompCondition::new(
+            argument, length, operator, value,
+        )?])
+    };
+    match *only {
+        Only::Any => Ok(Vec::new()),
+        Only::One(argument, values) => (values.iter())
+            .map(|value| holds(argument, SeccompCmpOp::Eq, *value))
+            .collect(),
+        Only::Without(argument, bits) => {
+            Ok(vec![holds(argument, SeccompCmpOp::MaskedEq(bits), 0)?])
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// Each line: thread, call, and the command of an ioctl.
+    const SEEN: &str = include_str!("seen.txt");
+
+    fn seen(kind: Thread) -> BTreeSet<(&'static str, Option<u64>)> {
+        let lines = SEEN.lines().filter(|line| !line.starts_with('#'));
+        let of_kind = lines.filter_map(|line| line.strip_prefix(kind.name())?.strip_prefix(' '));
+        let words = of_kind.map(|line| match line.split_once(" 0x") {
+            Some((call, command)) => (call, u64::from_str_radix(command, 16).ok()),
+            None => (line, None),
+        });
+        words.collect()
+    }
+
+    #[test]
+    fn every_rule_was_seen_in_use_or_says_what_it_is_for() {
+        for kind in Thread::ALL {
+            let seen = seen(kind);
+            let somebody: BTreeSet<_> = Thread::ALL.into_iter().flat_map(self::seen).collect();
+            for rule in rules(kind) {
+                let name = &rule.name["SYS_".len()..];
+                let shared = ALL.iter().any(|all| all.call == rule.call);
+                let used = if shared { &somebody } else { &seen };
+                let used = used.iter().any(|(call, _)| *call == name);
+                assert!(
+                    used || rule.unseen.is_some(),
+                    "{} may {name}, and nothing does",
+                    kind.name()
+                );
+                if let (Only::One(1, commands), "ioctl") = (&rule.only, name) {
+                    for command in *commands {
+                        assert!(seen.contains(&(name, Some(*command))), "{command:#x}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_seen_is_allowed_and_no_call_has_two_rules() {
+        for kind in Thread::ALL {
+            let calls: Vec<_> = rules(kind).map(|rule| rule.name).collect();
+            let names: BTreeSet<_> = calls.iter().map(|name| &name["SYS_".len()..]).collect();
+            assert_eq!(names.len(), calls.len(), "{}", kind.name());
+            let seen = seen(kind);
+            assert!(!seen.is_empty());
+            for (call, _) in seen {
+                assert!(names.contains(&call), "{} does {call}", kind.name());
+            }
+        }
+    }
+
+    #[test]
+    fn a_vcpu_may_make_25_calls_at_most_and_others_45() {
+        let count = |kind| rules(kind).count();
+        let counts = Thread::ALL.map(count);
+        eprintln!("main, devices, vcpu: {counts:?}");
+        assert!(count(Thread::Vcpu) <= 25, "{counts:?}");
+        assert!(counts.iter().all(|count| *count <= 45), "{counts:?}");
+    }
+
+    #[test]
+    fn the_signal_that_interrupts_processors_is_the_one_that_is_allowed() {
+        assert_eq!(KICK, libc::SIGRTMIN() as u64);
+    }
+}

@@ -1,0 +1,107 @@
+//! What a confined process cannot do, and what is told when it tries. Each case is a process of its own,
+//! this program run again; no KVM is needed.
+#![expect(clippy::unwrap_used, reason = "a panic is a failed test")]
+#![expect(
+    unsafe_code,
+    reason = "system calls that must not happen, and an end without clean-up"
+)]
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::process::{Command, Output};
+use std::ptr::null_mut;
+
+use sealpod_vmm::confine::{self, FORBIDDEN, Thread};
+
+/// Names the case that a process is.
+const CASE: &str = "SEALPOD_TEST_CONFINED";
+
+/// Runs the test of this name again, as a case.
+fn run(test: &str, case: &str) -> Output {
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args([test, "--exact", "--nocapture"]).env(CASE, case);
+    again.output().unwrap()
+}
+
+fn case() -> Option<String> {
+    std::env::var(CASE).ok()
+}
+
+fn end(status: i32) -> ! {
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(status) }
+}
+
+/// Confines this thread as one of a kind, makes a system call, and ends well.
+fn confined(kind: Thread, call: &str) -> ! {
+    confine::process().unwrap();
+    confine::thread(kind).unwrap();
+    // SAFETY: none of these uses memory of this process; all but the last are forbidden.
+    unsafe {
+        match call {
+            "socket" => libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0),
+            "open" => libc::open(c"/".as_ptr(), libc::O_RDONLY),
+            "execve" => libc::execv(c"/bin/true".as_ptr(), [std::ptr::null()].as_ptr()),
+            "executable" => {
+                let access = libc::PROT_READ | libc::PROT_EXEC;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                i32::from(libc::mmap(null_mut(), 4096, access, flags, -1, 0).is_null())
+            }
+            "terminal" => libc::ioctl(0, libc::TIOCSTI, c"x".as_ptr()),
+            _ => libc::getpid(),
+        }
+    };
+    end(0)
+}
+
+#[test]
+fn a_forbidden_system_call_ends_its_process_alone_and_is_named() {
+    const NAME: &str = "a_forbidden_system_call_ends_its_process_alone_and_is_named";
+    if let Some(case) = case() {
+        let (kind, call) = case.split_once(' ').unwrap();
+        let kind = Thread::ALL.into_iter().find(|k| k.name() == kind).unwrap();
+        confined(kind, call);
+    }
+    for kind in Thread::ALL.map(Thread::name) {
+        for (call, number) in [
+            ("socket", libc::SYS_socket),
+            ("open", libc::SYS_openat),
+            ("execve", libc::SYS_execve),
+            ("executable", libc::SYS_mmap),
+            ("terminal", libc::SYS_ioctl),
+        ] {
+            let output = run(NAME, &format!("{kind} {call}"));
+            let told = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(
+                output.status.code(),
+                Some(FORBIDDEN),
+                "{kind} {call}: {told}"
+            );
+            let wanted = format!("System call {number} is not allowed in thread {kind}");
+            assert!(told.lines().last().unwrap().contains(&wanted), "{told}");
+        }
+        let output = run(NAME, &format!("{kind} none"));
+        assert!(output.status.success(), "{kind}: {output:?}");
+    }
+}
+
+#[test]
+fn no_path_can_be_opened_and_what_is_open_can_be_used() {
+    // SAFETY: asks for the version of Landlock; no pointer is passed.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) };
+    if version < 0 {
+        eprintln!("SKIPPED: this kernel has no Landlock");
+        return;
+    }
+    // A thread of its own: the others of this program need paths.
+    let work = || {
+        let mut file = tempfile::tempfile().unwrap();
+        confine::process().unwrap();
+        for path in ["/", "/dev/null", "/proc/self/status"] {
+            let refused = File::open(path).unwrap_err().kind();
+            assert_eq!(refused, io::ErrorKind::PermissionDenied, "{path}");
+        }
+        file.write_all(b"still").unwrap();
+    };
+    std::thread::spawn(work).join().unwrap();
+}
