@@ -29,6 +29,17 @@ const RETRY: Duration = Duration::from_secs(2);
 /// How long the guest may take to let go of a device before its VM is ended.
 const LET_GO: Duration = Duration::from_secs(15);
 
+/// What passing the gate took of a container's start.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Took {
+    /// All of it.
+    pub whole: Duration,
+    /// Of that, the guest's answers with evidence.
+    pub evidence: Duration,
+    /// Of that, giving devices to the VM.
+    pub attach: Duration,
+}
+
 /// The answer of a round.
 struct Affirmed {
     token: String,
@@ -46,6 +57,7 @@ pub struct Gate {
     affirmed: Option<Affirmed>,
     lost: Option<String>,
     renewing: bool,
+    took: Took,
 }
 
 impl std::fmt::Debug for Gate {
@@ -68,6 +80,7 @@ impl Gate {
             affirmed: None,
             lost: None,
             renewing: false,
+            took: Took::default(),
         }
     }
 
@@ -87,12 +100,18 @@ impl Gate {
             return Ok(Vec::new());
         }
         let before = self.released.len();
+        self.took = Took::default();
+        let began = Instant::now();
         let opened = self.open(&wanted).await;
         if let Err(e) = self.told(&wanted, opened) {
             let added = self.released.split_off(before);
             self.ask_back(&added).await;
             self.take_back(added).await;
             return Err(e);
+        }
+        self.took.whole = began.elapsed();
+        if let Some(pod) = self.pod.upgrade() {
+            pod.passed_gate(&self.took);
         }
         if !self.released.is_empty() && !std::mem::replace(&mut self.renewing, true) {
             tokio::spawn(renew(self.pod.clone(), self.half_life()));
@@ -122,7 +141,9 @@ impl Gate {
                 continue;
             }
             let mut way = release::way(one);
+            let began = Instant::now();
             way.attach(vm.as_ref(), &ledger).await?;
+            self.took.attach += began.elapsed();
             self.released.push(way);
         }
         self.renew_now().await
@@ -172,6 +193,7 @@ impl Gate {
             ..Default::default()
         };
         let answer = guest.agent().attest(Guest::soon(), &request).await;
+        self.took.evidence += began.elapsed();
         let bundle = Bundle::from_json(&answer.map_err(guest_said)?.bundle)?;
         let appraiser = self.appraiser()?;
         let (uid, audience) = (settings.pod_uid.clone(), settings.config.audience.clone());

@@ -25,7 +25,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-pub use gate::Gate;
+pub use gate::{Gate, Took};
 pub use settings::Settings;
 pub use verifier::SetupError;
 

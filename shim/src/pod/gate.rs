@@ -7,7 +7,7 @@ use sealpod_protocol::agent;
 
 use super::{Pod, lock};
 use crate::{
-    attest::{Gate, Settings, wanted::Wanted},
+    attest::{Gate, Settings, Took, wanted::Wanted},
     container::Handle,
     error::{Error, Kind, Result},
     ledger::Ledger,
@@ -54,6 +54,11 @@ impl Pod {
         };
         let admitted = gate.call(|g| Box::pin(async move { g.admit(wanted).await }));
         Ok(admitted.await??)
+    }
+
+    /// Notes what the gate took of a start.
+    pub(crate) fn passed_gate(&self, took: &Took) {
+        self.timeline.gate(took);
     }
 
     /// The gate.

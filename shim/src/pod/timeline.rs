@@ -1,13 +1,14 @@
-//! When each stage of a start was reached, for people who look for where the time goes.
-//! Written to `<pod dir>/timeline.json`, a JSON object of CLOCK_BOOTTIME nanoseconds.
+//! When each stage of a start was reached, and what the gate took of it, for people who look for where the
+//! time goes. Written to `<pod dir>/timeline.json`, a JSON object of CLOCK_BOOTTIME nanoseconds.
 
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
-use crate::clock;
+use crate::{attest::Took, clock};
 
 /// A stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,6 +64,19 @@ impl Timeline {
         self.mark_at(mark, clock::boot_ns());
     }
 
+    /// Notes what the gate took of the first start of a container that had to pass it.
+    pub(super) fn gate(&self, took: &Took) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        for (part, time) in [
+            ("gate_took_ns", took.whole),
+            ("gate_evidence_took_ns", took.evidence),
+            ("gate_attach_took_ns", took.attach),
+        ] {
+            let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+            marks.entry(part).or_insert_with(|| ns(time));
+        }
+    }
+
     /// Notes `mark` as reached at `ns`.
     pub(super) fn mark_at(&self, mark: Mark, ns: u64) {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,11 +102,18 @@ mod tests {
     fn only_the_first_time_counts() {
         let dir = tempfile::tempdir().expect("tempdir");
         let t = Timeline::new(dir.path());
+        for n in [3, 4] {
+            t.gate(&Took {
+                whole: Duration::from_nanos(n),
+                ..Took::default()
+            });
+        }
         t.mark_at(Mark::ContainerStarted, 7);
         t.mark_at(Mark::ContainerStarted, 8);
         let text = std::fs::read_to_string(dir.path().join("timeline.json")).expect("file");
         let v: serde_json::Value = serde_json::from_str(&text).expect("json");
         assert_eq!(v["container_started_ns"], 7);
+        assert_eq!(v["gate_took_ns"], 3);
         assert!(v["shim_start_ns"].is_u64());
     }
 }
