@@ -245,8 +245,13 @@ mod tests {
             assert_eq!(names.len(), calls.len(), "{}", kind.name());
             let seen = seen(kind);
             assert!(!seen.is_empty());
-            for (call, _) in seen {
+            for (call, command) in seen {
                 assert!(names.contains(&call), "{} does {call}", kind.name());
+                let ioctl = rules(kind).find(|rule| rule.call == libc::SYS_ioctl);
+                let commands = ioctl.map(|rule| &rule.only);
+                if let (Some(command), Some(Only::One(_, commands))) = (command, commands) {
+                    assert!(commands.contains(&command), "ioctl {command:#x}");
+                }
             }
         }
     }
