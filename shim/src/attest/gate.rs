@@ -6,7 +6,7 @@ use std::{
 };
 
 use sealpod_attestation::{
-    appraise::{Appraisal, VerifierError},
+    appraise::Appraisal,
     audit::Record,
     evidence::Bundle,
     init_data,
@@ -16,18 +16,13 @@ use sealpod_protocol::agent;
 use tokio::time::Instant;
 
 use super::{
-    AttestError,
+    AttestError, lease,
     release::{self, Release},
     settings::Settings,
     verifier::{Appraiser, unix_now},
     wanted::Wanted,
 };
-use crate::{config::OnLoss, guest::Guest, pod::Pod};
-
-/// A verifier that cannot be reached is asked again after this, while the lease lasts.
-const RETRY: Duration = Duration::from_secs(2);
-/// How long the guest may take to let go of a device before its VM is ended.
-const LET_GO: Duration = Duration::from_secs(15);
+use crate::{guest::Guest, pod::Pod};
 
 /// What passing the gate took of a container's start.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,21 +36,21 @@ pub struct Took {
 }
 
 /// The answer of a round.
-struct Affirmed {
+pub(super) struct Affirmed {
     token: String,
-    until: Instant,
+    pub(super) until: Instant,
     jti: String,
 }
 
 /// See the file's head.
 pub struct Gate {
-    settings: Arc<Settings>,
-    pod: Weak<Pod>,
+    pub(super) settings: Arc<Settings>,
+    pub(super) pod: Weak<Pod>,
     /// Made at first use. Taken out while it works: its work blocks, and is done elsewhere.
     appraiser: Option<Box<Appraiser>>,
-    released: Vec<Box<dyn Release>>,
-    affirmed: Option<Affirmed>,
-    lost: Option<String>,
+    pub(super) released: Vec<Box<dyn Release>>,
+    pub(super) affirmed: Option<Affirmed>,
+    pub(super) lost: Option<String>,
     renewing: bool,
     took: Took,
 }
@@ -114,7 +109,7 @@ impl Gate {
             pod.passed_gate(&self.took);
         }
         if !self.released.is_empty() && !std::mem::replace(&mut self.renewing, true) {
-            tokio::spawn(renew(self.pod.clone(), self.half_life()));
+            tokio::spawn(lease::renew(self.pod.clone(), self.half_life()));
         }
         let told = |w: Wanted| agent::AdmittedDevice {
             id: w.id,
@@ -150,7 +145,7 @@ impl Gate {
     }
 
     /// A round over all released devices; both gates.
-    async fn renew_now(&mut self) -> Result<(), AttestError> {
+    pub(super) async fn renew_now(&mut self) -> Result<(), AttestError> {
         let ids: Vec<String> = self.released.iter().map(|r| r.id().to_owned()).collect();
         let affirmed = self.round(&ids).await?;
         let request = agent::AdmitDevicesRequest {
@@ -238,17 +233,9 @@ impl Gate {
         }
     }
 
-    fn guest(&self) -> Result<Guest, AttestError> {
+    pub(super) fn guest(&self) -> Result<Guest, AttestError> {
         let pod = self.pod.upgrade().ok_or(AttestError::Ended)?;
         pod.guest().map_err(|_| AttestError::Ended)
-    }
-
-    /// Half of what is left of the lease.
-    fn half_life(&self) -> Duration {
-        let until = self.affirmed.as_ref().map(|a| a.until);
-        until.map_or(Duration::ZERO, |until| {
-            until.saturating_duration_since(Instant::now()) / 2
-        })
     }
 
     /// Puts the gate's outcome into the audit log. A decision that cannot be written is none.
@@ -262,7 +249,7 @@ impl Gate {
         outcome
     }
 
-    fn record(
+    pub(super) fn record(
         &self,
         event: &str,
         verdict: &str,
@@ -288,122 +275,11 @@ impl Gate {
         })?;
         Ok(())
     }
-
-    /// Asks the guest to close its gate for devices and to power their slots down: then taking them does
-    /// not wait. A guest that does not answer gives them up all the same, later.
-    async fn ask_back(&self, devices: &[Box<dyn Release>]) {
-        let request = agent::RevokeDevicesRequest {
-            devices: devices.iter().map(|d| d.id().to_owned()).collect(),
-            ..Default::default()
-        };
-        let Some(guest) = self.guest().ok().filter(|_| !devices.is_empty()) else {
-            return;
-        };
-        let asked = guest.agent().revoke_devices(Guest::soon(), &request);
-        if let Err(e) = asked.await {
-            tracing::warn!("Guest gate not closed: {e}");
-        }
-    }
-
-    /// Gives devices back to the host. A guest that does not let go of one loses its VM.
-    async fn take_back(&mut self, devices: Vec<Box<dyn Release>>) {
-        let Some(pod) = self.pod.upgrade() else {
-            return;
-        };
-        for mut device in devices {
-            let vm = pod.vm().await;
-            let done = tokio::time::timeout(LET_GO, device.detach(vm.as_deref())).await;
-            if matches!(done, Ok(Ok(()))) {
-                continue;
-            }
-            tracing::error!(
-                pod = pod.id(),
-                device = device.id(),
-                "The guest does not let go of a device: its VM is ended"
-            );
-            if let Some(vm) = vm {
-                vm.stop().await;
-            }
-            if let Err(e) = device.detach(None).await {
-                tracing::error!("{}", crate::error::chain(&e));
-            }
-        }
-    }
-
-    /// Renews the lease. Returns when to come again; `None` when there is nothing to renew any more.
-    pub(super) async fn renew(&mut self) -> Option<Duration> {
-        if self.lost.is_some() || self.released.is_empty() {
-            return None;
-        }
-        let until = self.affirmed.as_ref().map(|a| a.until)?;
-        let why = match self.renew_now().await {
-            Ok(()) => {
-                let ids = self.released.iter().map(|r| r.id().to_owned()).collect();
-                match self.record("lease", "renewed", String::new(), ids) {
-                    Ok(()) => return Some(self.half_life()),
-                    Err(e) => e,
-                }
-            }
-            // Not a word against the pod: it is asked again while the lease lasts.
-            Err(e) if unreachable(&e) && Instant::now() + RETRY < until => {
-                tracing::warn!("Lease not renewed yet: {}", crate::error::chain(&e));
-                return Some(RETRY);
-            }
-            Err(e) => e,
-        };
-        self.lose(crate::error::chain(&why)).await;
-        None
-    }
-
-    /// The pod is no longer affirmed.
-    async fn lose(&mut self, why: String) {
-        let Some(pod) = self.pod.upgrade() else {
-            return;
-        };
-        let ids: Vec<String> = self.released.iter().map(|r| r.id().to_owned()).collect();
-        tracing::error!(pod = pod.id(), devices = ?ids, "Lease lost, devices are taken away: {why}");
-        if let Err(e) = self.record("revocation", "withheld", why.clone(), ids) {
-            tracing::error!("{}", crate::error::chain(&e));
-        }
-        self.lost = Some(why);
-        self.affirmed = None;
-        match self.settings.policy.on_loss {
-            OnLoss::Kill => {
-                if let Some(vm) = pod.vm().await {
-                    vm.stop().await;
-                }
-            }
-            OnLoss::Freeze => {
-                pod.freeze().await;
-                self.ask_back(&self.released).await;
-            }
-        }
-        let devices = std::mem::take(&mut self.released);
-        self.take_back(devices).await;
-    }
-
-    /// The VM has ended: what it had goes back to the host. Idempotent.
-    pub async fn ended(&mut self) {
-        self.affirmed = None;
-        for mut device in std::mem::take(&mut self.released) {
-            if let Err(e) = device.detach(None).await {
-                tracing::error!("{}", crate::error::chain(&e));
-            }
-        }
-    }
 }
 
 /// What the agent answered, in its own words.
 fn guest_said(e: ttrpc::Error) -> AttestError {
     AttestError::Guest(crate::error::Error::from(e).message)
-}
-
-/// Whether the error says nothing about the pod: the verifier could not be asked.
-fn unreachable(e: &AttestError) -> bool {
-    matches!(
-        e,
-        AttestError::Verifier(VerifierError::Remote(_) | VerifierError::Busy)
-    )
 }
 
 /// Runs what computes or waits for the network off the runtime's threads.
@@ -412,23 +288,4 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, AttestError> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|e| AttestError::Guest(e.to_string()))
-}
-
-/// Comes again at half of each lease, until there is none.
-async fn renew(pod: Weak<Pod>, first: Duration) {
-    let mut pause = first;
-    loop {
-        tokio::time::sleep(pause).await;
-        let gate = pod.upgrade().and_then(|pod| pod.gate());
-        let Some(gate) = gate else {
-            return;
-        };
-        match gate
-            .call(|g| Box::pin(async move { g.renew().await }))
-            .await
-        {
-            Ok(Some(next)) => pause = next,
-            _ => return,
-        }
-    }
 }

@@ -9,7 +9,7 @@
 //!           lost: frozen or killed, devices back ◀── refused, or no answer in time ◀── renewal ◀─┘
 //! ```
 //! A round is a nonce of the verifier, evidence of the guest, the verifier's word, the token checked.
-//! [`launch`] is what evidence is about, [`verifier`] who judges it, [`release`] how a device moves,
+//! `gate` opens, `lease` renews and loses, [`launch`] is what evidence is about, [`verifier`] who judges it, [`release`] how a device moves,
 //! [`settings`] what it goes by, [`simulator`] what stands in for a TEE. What is decided is in the pod's audit log.
 
 pub mod launch;
@@ -21,6 +21,7 @@ pub mod wanted;
 #[cfg(test)]
 mod fake;
 mod gate;
+mod lease;
 mod settings;
 #[cfg(test)]
 mod tests;
