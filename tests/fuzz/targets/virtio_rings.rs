@@ -19,7 +19,7 @@ struct Deaf;
 
 impl Interrupt for Deaf {
     fn queue(&self, _: u16) {}
-    fn config(&self) {}
+    fn config(&self, _: &[u8]) {}
 }
 
 /// All queues share one set of rings: what one of them does, the other finds.

@@ -13,7 +13,7 @@ use super::bus::Bus;
 use super::vcpu::Vcpus;
 use super::{End, Error, Machine, layout, serial};
 use crate::confine;
-use crate::mmio::{QUEUE_NOTIFY, Transport};
+use crate::mmio::{INTERRUPT_ACK, Page, QUEUE_NOTIFY, Transport, USED_BUFFER};
 use crate::virtio::{Device, EventLoop, Memory};
 
 /// The thread that serves the devices needs little.
@@ -54,7 +54,8 @@ impl Parts {
         let console = serial::console(irq, serial::Sink::new(console), uart)
             .map_err(Error::io("restore the console"))?;
         let shared = Memory::new(memory.clone());
-        let bus = Arc::new(build_bus(&vm, &shared, &events, console, slots)?);
+        let pages = give_pages(&vm, memory.num_regions(), slots.len())?;
+        let bus = Arc::new(build_bus(&vm, &shared, &events, console, slots, pages)?);
         let vcpu = |id: u32| {
             vm.create_vcpu(id.into())
                 .map_err(Error::kvm("KVM_CREATE_VCPU"))
@@ -143,6 +144,29 @@ fn give_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), Error> {
     Ok(())
 }
 
+/// Gives KVM what the guest reads of its slots; what it writes there exits. KVM's number `after` is free.
+#[expect(unsafe_code, reason = "memory is given to KVM by address")]
+fn give_pages(vm: &VmFd, after: usize, slots: usize) -> Result<&'static [Page], Error> {
+    let pages: Vec<Page> = (0..slots).map(|_| Page::default()).collect();
+    // The process's for good, like the guest's memory.
+    let pages: &'static [Page] = pages.leak();
+    if pages.is_empty() {
+        return Ok(pages);
+    }
+    let region = kvm_bindings::kvm_userspace_memory_region {
+        slot: after as u32,
+        flags: kvm_bindings::KVM_MEM_READONLY,
+        guest_phys_addr: layout::registers(0),
+        memory_size: size_of_val(pages) as u64,
+        userspace_addr: pages.as_ptr() as u64,
+    };
+    // SAFETY: the pages live as long as the process; the guest only reads them, and this process
+    // writes them as atomics.
+    unsafe { vm.set_user_memory_region(region) }
+        .map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+    Ok(pages)
+}
+
 fn eventfd() -> Result<EventFd, Error> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("make an eventfd"))
 }
@@ -162,9 +186,15 @@ fn build_bus(
     events: &EventLoop,
     console: serial::Console,
     plans: Vec<SlotPlan>,
+    pages: &'static [Page],
 ) -> Result<Bus, Error> {
     let mut slots = Vec::new();
-    for (index, (queues, device)) in plans.into_iter().enumerate() {
+    // That a driver has seen that buffers were used interests nobody: KVM takes it for a signal to this.
+    let nobody = eventfd()?;
+    for (index, ((queues, device), page)) in plans.into_iter().zip(pages).enumerate() {
+        let address = IoEventAddress::Mmio(layout::registers(index) + INTERRUPT_ACK);
+        vm.register_ioevent(&nobody, &address, USED_BUFFER)
+            .map_err(Error::kvm("KVM_IOEVENTFD"))?;
         let mut kicks = Vec::new();
         for queue in 0..queues {
             let kick = eventfd()?;
@@ -174,7 +204,7 @@ fn build_bus(
             kicks.push(kick);
         }
         let irq = irqfd(vm, layout::irq(index))?;
-        let mut slot = Transport::new(memory.clone(), irq, kicks);
+        let mut slot = Transport::new(memory.clone(), irq, kicks, page);
         if let Some(device) = device {
             let watch = events.attach(Arc::clone(&device));
             slot.plug(device, watch);

@@ -229,7 +229,7 @@ impl Gate {
                         return Some(End::Guest);
                     }
                 }
-                Ok(VcpuExit::MmioRead(address, data)) => bus.read(address, data),
+                Ok(VcpuExit::MmioRead(_, data)) => Bus::read(data),
                 Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
                 // A triple fault: how a guest restarts, which is how it ends.
                 Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Some(End::Guest),

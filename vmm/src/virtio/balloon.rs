@@ -58,7 +58,7 @@ impl Balloon {
     pub fn set_target(&mut self, bytes: u64) {
         self.target = u32::try_from(bytes / PAGE).unwrap_or(u32::MAX);
         if let Some(rings) = &self.rings {
-            rings.interrupt.config();
+            rings.interrupt.config(&self.config());
         }
     }
 

@@ -105,8 +105,8 @@ pub trait Interrupt: Send + Sync {
     /// Buffers of this queue were used.
     fn queue(&self, index: u16);
 
-    /// The configuration has changed.
-    fn config(&self);
+    /// The configuration has changed, and is this now.
+    fn config(&self, config: &[u8]);
 
     /// A descriptor that does what [`Interrupt::queue`] does when it is signalled, for another
     /// process (a vhost-user back end) to signal. Without one that takes a way through the event loop.

@@ -55,7 +55,7 @@ impl Interrupt for Told {
         self.queues[usize::from(index)].fetch_add(1, Ordering::SeqCst);
     }
 
-    fn config(&self) {
+    fn config(&self, _config: &[u8]) {
         self.config.fetch_add(1, Ordering::SeqCst);
     }
 

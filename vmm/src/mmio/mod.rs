@@ -8,15 +8,24 @@
 //! ```
 //! A slot without a device has device id 0, which a driver passes by; one can be plugged into it
 //! later, and be looked for again.
+//!
+//! What a guest reads it reads from a page of memory ([`Page`]) that it cannot write: a read is no exit.
+//! A write is one, and afterwards the page shows what it has changed.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+mod page;
+#[cfg(test)]
+mod tests;
+
 use std::sync::{Arc, PoisonError};
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::{Activation, Attached, Interrupt, Memory, QueueState, Saved, Watch};
+pub use self::page::{Page, USED_BUFFER};
+
+use self::page::{CONFIG, CONFIG_CHANGE, CONFIG_SIZE, Line};
+use crate::virtio::{Activation, Attached, Memory, QueueState, Saved, Watch};
 
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
@@ -24,62 +33,18 @@ const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// Vendor, which means nothing.
 const VENDOR: u32 = 0;
-/// Where a device's own configuration begins.
-const CONFIG: u64 = 0x100;
 /// Register that tells the device of new buffers; KVM turns a write into an eventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Register by which a driver says which interrupt causes it has seen.
+pub const INTERRUPT_ACK: u64 = 0x64;
+/// Registers that the guest reads; `InterruptStatus` and `ConfigGeneration` are the line's own.
+const READABLE: [u64; 8] = [0x00, 0x04, 0x08, 0x0c, 0x10, 0x34, 0x44, 0x70];
 
 /// Status bits (section 2.1).
 const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
 const NEEDS_RESET: u32 = 64;
 const FAILED: u32 = 128;
-
-/// Interrupt causes (register `InterruptStatus`).
-const USED_BUFFER: u32 = 1;
-const CONFIG_CHANGE: u32 = 2;
-
-/// The interrupt of one slot.
-///
-/// `InterruptStatus` always says that buffers may have been used: then whoever uses a buffer, also
-/// in another process, only has to signal one eventfd. A driver that looks in vain loses nothing.
-pub struct Line {
-    irq: EventFd,
-    config: AtomicU32,
-    generation: AtomicU32,
-}
-
-impl Line {
-    /// A line that signals `irq`, an eventfd that raises an edge of the slot's interrupt.
-    #[must_use]
-    pub fn new(irq: EventFd) -> Self {
-        Self {
-            irq,
-            config: AtomicU32::new(0),
-            generation: AtomicU32::new(0),
-        }
-    }
-
-    fn raise(&self) {
-        let _ = self.irq.write(1); // fails only when the counter is full, and then it is signalled
-    }
-}
-
-impl Interrupt for Line {
-    fn queue(&self, _: u16) {
-        self.raise();
-    }
-
-    fn config(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        self.config.store(CONFIG_CHANGE, Ordering::SeqCst);
-        self.raise();
-    }
-
-    fn notifier(&self, _: u16) -> Option<EventFd> {
-        self.irq.try_clone().ok()
-    }
-}
 
 /// Where a slot stands with its driver, beyond the queues.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -95,6 +60,7 @@ pub struct TransportState {
 /// A device and its registers.
 pub struct Transport {
     slot: Slot,
+    page: &'static Page,
     line: Arc<Line>,
     memory: Memory,
     /// What the guest's kick of each queue signals; there before any device is.
@@ -114,12 +80,14 @@ enum Slot {
 }
 
 impl Transport {
-    /// An empty slot. `kicks` bounds the queues of what can be plugged into it.
+    /// An empty slot, of which the guest reads `page`. `kicks` bounds the queues of what can be plugged
+    /// into it.
     #[must_use]
-    pub fn new(memory: Memory, irq: EventFd, kicks: Vec<EventFd>) -> Self {
-        Self {
+    pub fn new(memory: Memory, irq: EventFd, kicks: Vec<EventFd>, page: &'static Page) -> Self {
+        let slot = Self {
             slot: Slot::Empty,
-            line: Arc::new(Line::new(irq)),
+            page,
+            line: Arc::new(Line::new(irq, page)),
             memory,
             kicks,
             status: 0,
@@ -128,7 +96,9 @@ impl Transport {
             driver_features: 0,
             queue_select: 0,
             queues: Vec::new(),
-        }
+        };
+        slot.show();
+        slot
     }
 
     /// Whether nothing is plugged in.
@@ -162,6 +132,7 @@ impl Transport {
         if fits {
             self.slot = Slot::Device { device, watch };
             self.reset();
+            self.show();
         }
         fits
     }
@@ -169,7 +140,9 @@ impl Transport {
     /// Takes the device out; its driver sees an empty slot.
     pub fn unplug(&mut self) -> Option<(Attached, Watch)> {
         self.reset();
-        match std::mem::replace(&mut self.slot, Slot::Empty) {
+        let taken = std::mem::replace(&mut self.slot, Slot::Empty);
+        self.show();
+        match taken {
             Slot::Empty => None,
             Slot::Device { device, watch } => Some((device, watch)),
         }
@@ -181,7 +154,7 @@ impl Transport {
         self.device_features_select = 0;
         self.driver_features_select = 0;
         self.queue_select = 0;
-        self.line.config.store(0, Ordering::SeqCst);
+        self.line.acknowledge(CONFIG_CHANGE);
         if let Slot::Device { device, .. } = &self.slot {
             let mut device = lock(device);
             device.reset();
@@ -198,16 +171,18 @@ impl Transport {
         }
     }
 
-    /// A read of the guest.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if let Some(start) = offset.checked_sub(CONFIG) {
-            if let Slot::Device { device, .. } = &self.slot {
-                lock(device).read_config(start, data);
-            }
-        } else if let Ok(register) = <&mut [u8; 4]>::try_from(data) {
-            *register = self.register(offset).to_le_bytes();
+    /// Has the guest read what there is now.
+    fn show(&self) {
+        for offset in READABLE {
+            self.page.show(offset, self.register(offset));
         }
+        let mut config = [0; CONFIG_SIZE];
+        // Locked until it is shown: a change that the device tells of meanwhile comes afterwards.
+        let device = self.device().map(lock);
+        if let Some(device) = &device {
+            device.read_config(0, &mut config);
+        }
+        self.page.show_config(&config);
     }
 
     fn register(&self, offset: u64) -> u32 {
@@ -223,9 +198,7 @@ impl Transport {
             0x10 => half(self.offered(), self.device_features_select),
             0x34 => queue.map_or(0, |q| q.max_size().into()),
             0x44 => queue.is_some_and(QueueT::ready).into(),
-            0x60 => USED_BUFFER | self.line.config.load(Ordering::SeqCst),
             0x70 => self.status,
-            0xfc => self.line.generation.load(Ordering::SeqCst),
             _ => 0,
         }
     }
@@ -246,6 +219,7 @@ impl Transport {
         } else if let Ok(value) = <[u8; 4]>::try_from(data) {
             self.set_register(offset, u32::from_le_bytes(value));
         }
+        self.show();
     }
 
     fn set_register(&mut self, offset: u64, value: u32) {
@@ -267,10 +241,7 @@ impl Transport {
                     let _ = kick.write(1);
                 }
             }
-            0x64 => {
-                let left = !(value & CONFIG_CHANGE);
-                self.line.config.fetch_and(left, Ordering::SeqCst);
-            }
+            INTERRUPT_ACK => self.line.acknowledge(value),
             0x70 => self.set_status(value),
             _ => self.set_queue_register(offset, value),
         }
@@ -316,7 +287,7 @@ impl Transport {
         self.status |= value;
         if starts && (self.status & FEATURES_OK == 0 || !self.activate()) {
             self.status |= NEEDS_RESET;
-            self.line.config();
+            self.line.config_changed();
         }
     }
 
@@ -362,8 +333,8 @@ impl Transport {
         TransportState {
             status: self.status,
             driver_features: self.driver_features,
-            config_change: self.line.config.load(Ordering::SeqCst),
-            generation: self.line.generation.load(Ordering::SeqCst),
+            config_change: self.line.config_change(),
+            generation: self.line.generation(),
             queues,
         }
     }
@@ -382,13 +353,10 @@ impl Transport {
         self.queues = queues;
         self.status = state.status;
         self.driver_features = state.driver_features;
-        self.line
-            .config
-            .store(state.config_change, Ordering::SeqCst);
-        self.line
-            .generation
-            .store(state.generation, Ordering::SeqCst);
-        state.status & DRIVER_OK == 0 || self.activate()
+        self.line.restore(state.config_change, state.generation);
+        let runs = state.status & DRIVER_OK == 0 || self.activate();
+        self.show();
+        runs
     }
 }
 
