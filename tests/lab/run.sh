@@ -43,7 +43,7 @@ kvm_is_real() {
 }
 
 work=$(mktemp -d)
-results=${results:-$work/results}
+results=${results:-$work/kept}
 mkdir -p "$results"
 results=$(readlink -f "$results")
 daemons=()
