@@ -1,8 +1,8 @@
 //! `make bench-lab`: what a VM costs, sealpod-vmm and QEMU's machines by turns in one run on real KVM:
 //! time from exec to the guest's init, exits and page faults until then, memory beyond the guest's,
-//! threads. Writes `vmm.json` into the folder that it is given. `--other NAME=COMMAND` adds a VMM:
-//! words with `{kernel}`, `{initrd}`, `{cmdline}` and `{memory}` in them, its console on standard
-//! output.
+//! threads; bare, with a disk, and with a network device. Writes `vmm.json` into the folder that it is
+//! given. `--other NAME=COMMAND` adds a VMM: words with `{kernel}`, `{initrd}`, `{cmdline}` and
+//! `{memory}` in them, its console on standard output.
 
 use std::{
     fs,
@@ -37,6 +37,35 @@ const QEMU: [(&str, &str); 3] = [
     ),
 ];
 
+/// The tap of every VMM's network device.
+const TAP: &str = "sealbench0";
+
+/// The tap, as long as somebody measures.
+struct Tap;
+
+impl Tap {
+    fn new() -> Result<Self> {
+        ip(&["tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr"])?;
+        let tap = Self;
+        ip(&["link", "set", TAP, "up"])?;
+        Ok(tap)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        if let Err(e) = ip(&["link", "delete", TAP]) {
+            eprintln!("{e:#}");
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    let status = Command::new("ip").args(arguments).status().context("ip")?;
+    ensure!(status.success(), "ip {}", arguments.join(" "));
+    Ok(())
+}
+
 /// A VMM and how it is started.
 struct Vmm {
     name: String,
@@ -57,6 +86,15 @@ fn words(parts: &[&str]) -> Vec<String> {
     parts.iter().map(|&p| p.to_owned()).collect()
 }
 
+/// A VMM bare, with a disk, and with a network device.
+fn variants(name: &str, bare: &[&str], disk: &[&str], nic: &[&str]) -> Vec<Vmm> {
+    let with = |suffix: &str, more: &[&str]| Vmm {
+        name: format!("{name}{suffix}"),
+        words: words(&[bare, more].concat()),
+    };
+    vec![with("", &[]), with("+disk", disk), with("+net", nic)]
+}
+
 fn vmms(others: &[String], disk: &Path) -> Result<Vec<Vmm>> {
     let guest = assets::target().join("guest");
     let (kernel, initrd) = (guest.join("vmlinux"), guest.join("floor.cpio"));
@@ -68,17 +106,7 @@ fn vmms(others: &[String], disk: &Path) -> Result<Vec<Vmm>> {
     let boot = [&*own, "boot", "--kernel", &kernel, "--initrd", &initrd];
     let boot = [&boot[..], &["--cmdline", &cmdline, "--memory", &memory]].concat();
     let disk = disk.to_string_lossy();
-    let with_disk = [&boot[..], &["--disk", &disk]].concat();
-    let mut vmms = vec![
-        Vmm {
-            name: "sealpod-vmm".into(),
-            words: words(&boot),
-        },
-        Vmm {
-            name: "sealpod-vmm+disk".into(),
-            words: words(&with_disk),
-        },
-    ];
+    let mut vmms = variants("sealpod-vmm", &boot, &["--disk", &disk], &["--tap", TAP]);
     for (name, machine) in QEMU {
         let common = [
             "qemu-system-x86_64",
@@ -98,21 +126,17 @@ fn vmms(others: &[String], disk: &Path) -> Result<Vec<Vmm>> {
             "-M", machine, "-m", &memory, "-kernel", &kernel, "-initrd", &initrd,
         ];
         let all = [&common[..], &rest, &["-append", &cmdline]].concat();
-        let drive = format!("file={disk},format=raw,if=none,id=d");
-        let bus = if name == "qemu-microvm" {
-            "virtio-blk-device,drive=d"
-        } else {
-            "virtio-blk-pci,drive=d"
+        let (bus, rom) = match name {
+            "qemu-microvm" => ("device", ""),
+            _ => ("pci", ",romfile="),
         };
-        let with_disk = [&all[..], &["-drive", &drive, "-device", bus]].concat();
-        vmms.push(Vmm {
-            name: name.into(),
-            words: words(&all),
-        });
-        vmms.push(Vmm {
-            name: format!("{name}+disk"),
-            words: words(&with_disk),
-        });
+        let drive = format!("file={disk},format=raw,if=none,id=d");
+        let blk = format!("virtio-blk-{bus},drive=d");
+        let tap = format!("tap,id=n,ifname={TAP},script=no,downscript=no");
+        let net = format!("virtio-net-{bus},netdev=n{rom}");
+        let disk = ["-drive", &drive, "-device", &blk];
+        let nic = ["-netdev", &tap, "-device", &net];
+        vmms.extend(variants(name, &all, &disk, &nic));
     }
     for other in others {
         let (name, command) = other.split_once('=').context("--other NAME=COMMAND")?;
@@ -230,6 +254,7 @@ fn main() -> Result<()> {
     let rounds = std::env::var("SEALPOD_BENCH_ROUNDS").map_or(Ok(5), |r| r.parse())?;
     let disk = std::env::temp_dir().join("bench-disk.img");
     fs::File::create(&disk)?.set_len(64 << 20)?;
+    let _tap = Tap::new()?;
     let vmms = vmms(&others, &disk)?;
     let mut costs: Vec<Option<Cost>> = vmms.iter().map(|_| Some(Cost::default())).collect();
     let mut missing = serde_json::Map::new();
@@ -256,7 +281,13 @@ fn main() -> Result<()> {
         "sealpod-vmm: {missing:?}"
     );
     let init = |name: &str| report.get(name).and_then(|r| r["init_ms"].as_f64());
-    let ratio = |to: &str| Some((init("sealpod-vmm")? / init(to)? * 1000.0).round() / 1000.0);
+    let ratio = |to: &str| {
+        let with = |suffix: &str| {
+            let ours = init(&format!("sealpod-vmm{suffix}"))?;
+            Some((ours / init(&format!("{to}{suffix}"))? * 1000.0).round() / 1000.0)
+        };
+        json!({ "bare": with(""), "disk": with("+disk"), "net": with("+net") })
+    };
     let goals = json!({
         "init_to_qemu_pc (0.7)": ratio("qemu-pc"), "init_to_qemu_q35 (0.5)": ratio("qemu-q35"),
         "exits (1500)": report["sealpod-vmm"]["exits"],

@@ -8,18 +8,20 @@ use std::sync::{Arc, Mutex, mpsc};
 
 use sealpod_vmm::control;
 use sealpod_vmm::machine::{Boot, Config, End, Machine};
-use sealpod_vmm::virtio::{Block, Device, Rng};
+use sealpod_vmm::virtio::{Block, Device, Net, NetConfig, Rng, open_tap};
 
 const USAGE: &str = "\
 usage: sealpod-vmm boot --kernel FILE [OPTIONS]
        sealpod-vmm serve CONTROL_FD DESCRIPTORS_FD
 
-  --kernel FILE     vmlinux with a PVH entry
+  --kernel FILE     vmlinux, uncompressed
   --initrd FILE     cpio archive
   --cmdline TEXT    the kernel's command line (default: console=ttyS0)
   --memory MIB      default 256
   --vcpus N         default 1
   --disk FILE       a disk, written to; repeatable
+  --tap NAME        a network device on a tap that was made with vnet_hdr; repeatable
+  --rng             a device that gives entropy
   --shared-memory   memory that another process could map
   --spare-slots N   for devices that come later
 
@@ -85,12 +87,19 @@ fn parse(arguments: &[String]) -> Result<Config, Failure> {
     let mut cmdline = "console=ttyS0".to_owned();
     let (mut memory_mib, mut vcpus, mut spare_slots) = (256, 1, 0);
     let mut shared_memory = false;
-    let mut devices: Vec<Arc<Mutex<dyn Device>>> = vec![Arc::new(Mutex::new(Rng::new()?))];
+    let mut devices: Vec<Arc<Mutex<dyn Device>>> = Vec::new();
     let mut words = arguments.iter();
     while let Some(name) = words.next() {
-        if name == "--shared-memory" {
-            shared_memory = true;
-            continue;
+        match name.as_str() {
+            "--shared-memory" => {
+                shared_memory = true;
+                continue;
+            }
+            "--rng" => {
+                devices.push(Arc::new(Mutex::new(Rng::new()?)));
+                continue;
+            }
+            _ => {}
         }
         let value = words
             .next()
@@ -109,6 +118,14 @@ fn parse(arguments: &[String]) -> Result<Config, Failure> {
                 let file = file.map_err(|e| format!("{value}: {e}"))?;
                 let serial = format!("disk{}", devices.len());
                 devices.push(Arc::new(Mutex::new(Block::new(file, false, &serial)?)));
+            }
+            "--tap" => {
+                let config = NetConfig {
+                    mac: [2, 0, 0, 0, 0, devices.len() as u8],
+                    mtu: 1500,
+                };
+                let net = Net::new(vec![open_tap(value)?], config)?;
+                devices.push(Arc::new(Mutex::new(net)));
             }
             _ => return Err(format!("unknown argument {name}\n{USAGE}").into()),
         }

@@ -1,33 +1,54 @@
-//! Puts kernel, initramfs, command line and tables into the guest's memory, as PVH boot wants them
-//! (Xen's `docs/misc/pvh.markdown`, Linux' `arch/x86/platform/pvh`).
+//! Puts kernel, initramfs, command line and tables into the guest's memory, as the 64-bit boot protocol
+//! wants them (Linux' `Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol"). Nothing of a processor.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 
 use linux_loader::loader::KernelLoader;
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::elf::Elf;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
 use super::layout::{
-    CMDLINE, CMDLINE_MAX, HIGH_START, HOLE, LOW_END, MEMORY_MAP, MODULES, MP_TABLE, START_INFO,
+    CMDLINE, CMDLINE_MAX, GDT, HIGH_START, HOLE, LOW_END, MAPPED, MP_TABLE, PAGE_TABLES, ZERO_PAGE,
 };
 use super::{Error, mptable};
 
-/// `XEN_HVM_START_MAGIC_VALUE`.
-const MAGIC: u32 = 0x336e_c578;
-/// Version 1 has a memory map.
-const VERSION: u32 = 1;
-/// Memory, in the map: its type, and 32 bits that are reserved.
-const RAM: u64 = 1;
+/// `boot_flag` and `header` of a `struct setup_header` that is one, its version (2.15), and a loader
+/// without a number of its own.
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER: u32 = 0x5372_6448;
+const PROTOCOL: u16 = 0x020f;
+const OTHER_LOADER: u8 = 0xff;
+/// Memory, in the memory map (`E820_TYPE_RAM`).
+const RAM: u32 = 1;
 /// The initramfs begins at a page.
 const PAGE: u64 = 4096;
+
+/// Descriptors where the protocol wants them: code at 0x10, data at 0x18, and a task's, which a
+/// processor in protected mode has (Intel SDM 3, 3.4.5 and 8.2.3).
+const DESCRIPTORS: [u64; 6] = [
+    0,
+    0,
+    0x00af_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+    0x0000_8b00_0000_0067,
+    0,
+];
+/// Size of [`DESCRIPTORS`], bytes.
+pub(super) const GDT_SIZE: usize = size_of_val(&DESCRIPTORS);
+
+/// Bits of an entry of a page table (Intel SDM 3, 4.5): present, writable; a page of 2 MiB.
+const TABLE: u64 = 0b11;
+const LARGE: u64 = 1 << 7;
+const LARGE_SIZE: u64 = 2 << 20;
 
 /// What a guest boots.
 #[derive(Debug)]
 pub struct Boot {
-    /// ELF with a PVH entry.
+    /// ELF of an x86-64 Linux.
     pub kernel: File,
     /// A cpio archive.
     pub initramfs: Option<File>,
@@ -56,17 +77,23 @@ pub(super) fn load(
         Some(GuestAddress(HIGH_START)),
     )
     .map_err(|e| Error::Kernel(e.to_string()))?;
-    let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(Error::Kernel("it has no PVH entry".into()));
-    };
-    let module = match boot.initramfs.as_mut() {
-        Some(file) => Some(load_initramfs(memory, file, loaded.kernel_end)?),
+    let (entry, end) = (loaded.kernel_load.raw_value(), loaded.kernel_end);
+    if end > MAPPED || entry >= end {
+        let why = format!("it enters at {entry:#x} and ends at {end:#x}, beyond {MAPPED:#x}");
+        return Err(Error::Kernel(why));
+    }
+    let initramfs = match boot.initramfs.as_mut() {
+        Some(file) => Some(load_initramfs(memory, file, end)?),
         None => None,
     };
     write_cmdline(memory, cmdline)?;
     put(memory, MP_TABLE, &mptable::build(vcpus))?;
-    write_start_info(memory, module)?;
-    Ok(entry.raw_value())
+    put(memory, GDT, &DESCRIPTORS.map(u64::to_le_bytes).concat())?;
+    write_page_tables(memory)?;
+    let params = params(memory, cmdline.len(), initramfs);
+    let write = memory.write_obj(params, GuestAddress(ZERO_PAGE));
+    write.map_err(|e| Error::Memory(format!("the zero page could not be written: {e}")))?;
+    Ok(entry)
 }
 
 fn put(memory: &GuestMemoryMmap, address: u64, bytes: &[u8]) -> Result<(), Error> {
@@ -118,31 +145,44 @@ fn write_cmdline(memory: &GuestMemoryMmap, cmdline: &str) -> Result<(), Error> {
     put(memory, CMDLINE + cmdline.len() as u64, &[0])
 }
 
-/// Writes `struct hvm_start_info`, its module and its memory map
-/// (`include/xen/interface/hvm/start_info.h`; 56, 32 and 24 bytes).
-fn write_start_info(memory: &GuestMemoryMmap, module: Option<Module>) -> Result<(), Error> {
-    let mut ram = vec![(0, LOW_END)];
-    for region in memory.iter() {
+/// Maps the first GiB to itself, where everything lies that the kernel reads before it has tables of
+/// its own.
+fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), Error> {
+    let [top, middle, bottom] = PAGE_TABLES;
+    put(memory, top, &(middle | TABLE).to_le_bytes())?;
+    put(memory, middle, &(bottom | TABLE).to_le_bytes())?;
+    let pages = (0..MAPPED / LARGE_SIZE).map(|page| (page * LARGE_SIZE) | TABLE | LARGE);
+    let entries: Vec<u8> = pages.flat_map(u64::to_le_bytes).collect();
+    put(memory, bottom, &entries)
+}
+
+/// The zero page: where everything lies.
+fn params(memory: &GuestMemoryMmap, cmdline: usize, initramfs: Option<Module>) -> boot_params {
+    let mut params = boot_params::default();
+    params.hdr.boot_flag = BOOT_FLAG;
+    params.hdr.header = HEADER;
+    params.hdr.version = PROTOCOL;
+    params.hdr.type_of_loader = OTHER_LOADER;
+    params.hdr.cmd_line_ptr = CMDLINE as u32;
+    params.hdr.cmdline_size = cmdline as u32;
+    if let Some(Module { start, size }) = initramfs {
+        // Below the hole: 32 bits are enough.
+        (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = (start as u32, size as u32);
+    }
+    let regions = memory.iter().map(|region| {
         let start = region.start_addr().raw_value();
-        ram.push((start.max(HIGH_START), start + region.len()));
+        (start.max(HIGH_START), start + region.len())
+    });
+    for (start, end) in std::iter::once((0, LOW_END)).chain(regions) {
+        let entry = &mut params.e820_table[usize::from(params.e820_entries)];
+        *entry = boot_e820_entry {
+            addr: start,
+            size: end - start,
+            r#type: RAM,
+        };
+        params.e820_entries += 1;
     }
-    let mut map = Vec::new();
-    for (start, end) in &ram {
-        map.extend([*start, end - start, RAM].map(u64::to_le_bytes).concat());
-    }
-    let modules = u32::from(module.is_some());
-    let mut info = [MAGIC, VERSION, 0, modules].map(u32::to_le_bytes).concat();
-    let no_acpi = 0;
-    let places = [MODULES, CMDLINE, no_acpi, MEMORY_MAP];
-    info.extend(places.map(u64::to_le_bytes).concat());
-    info.extend([ram.len() as u32, 0].map(u32::to_le_bytes).concat());
-    put(memory, START_INFO, &info)?;
-    if let Some(Module { start, size }) = module {
-        let no_cmdline = 0;
-        let entry = [start, size, no_cmdline, 0].map(u64::to_le_bytes).concat();
-        put(memory, MODULES, &entry)?;
-    }
-    put(memory, MEMORY_MAP, &map)
+    params
 }
 
 #[cfg(test)]

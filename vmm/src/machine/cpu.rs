@@ -1,5 +1,5 @@
 //! A virtual processor before its first instruction: what it says of itself (CPUID), its
-//! model-specific registers, and the state in which PVH enters a kernel.
+//! model-specific registers, and the state in which Linux' 64-bit boot protocol enters a kernel.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment,
@@ -7,13 +7,21 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::Error;
-use super::layout::START_INFO;
+use super::boot::GDT_SIZE;
+use super::layout::{GDT, PAGE_TABLES, ZERO_PAGE};
 
 /// Leaf 1, ECX: the local APIC's timer takes a time stamp; nothing need be calibrated. KVM has it
 /// and leaves it to the VMM to say so.
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1, ECX: there is a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, ECX: the local APIC can be reached by registers of the processor. Setting that up costs 200
+/// exits, and makes interrupts for other processors cheaper; a single one has nobody to send any to, and
+/// AMD's processors deliver to it without an exit only in the older mode.
+const X2APIC: u32 = 1 << 21;
+/// Leaf 1, EDX: memory type range registers. A guest of KVM without them has write-back memory, and
+/// need not read 90 of them three times; its page attribute table says what is not.
+const MTRR: u32 = 1 << 12;
 /// First leaf of the hypervisor, and the one with the frequencies, kHz, of time stamp counter and
 /// APIC bus (kernel: `Documentation/virt/kvm/x86/cpuid.rst`).
 const KVM_LEAF: u32 = 0x4000_0000;
@@ -24,9 +32,11 @@ const APIC_KHZ: u32 = 1_000_000;
 /// `IA32_MISC_ENABLE` (Intel SDM 4, table 2-2) with fast string instructions.
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRING: u64 = 1;
-/// `IA32_MTRR_DEF_TYPE` (Intel SDM 3, 12.11.2.1): on, and all memory is write-back.
-const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+/// CR0: protection, bit 4 (always one), paging. CR4: physical addresses of more than 32 bits. EFER: long
+/// mode, wanted and active (Intel SDM 3, 2.2.1 and 2.5).
+const CR0_PROTECTED: u64 = 1 | 1 << 4 | 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LONG: u64 = 1 << 8 | 1 << 10;
 
 /// What this host's KVM can show to a guest.
 pub(super) fn supported(kvm: &Kvm) -> Result<CpuId, Error> {
@@ -40,22 +50,18 @@ pub(super) fn set_up(vcpu: &VcpuFd, supported: &CpuId, id: u32, count: u32) -> R
     let cpuid = cpuid(supported, id, count, tsc_khz)?;
     vcpu.set_cpuid2(&cpuid)
         .map_err(Error::kvm("KVM_SET_CPUID2"))?;
-    let msr = |index, data| kvm_msr_entry {
-        index,
-        data,
+    let fast_string = kvm_msr_entry {
+        index: MSR_MISC_ENABLE,
+        data: FAST_STRING,
         ..Default::default()
     };
-    let wanted = [
-        msr(MSR_MISC_ENABLE, FAST_STRING),
-        msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK),
-    ];
-    let msrs = Msrs::from_entries(&wanted).map_err(|e| Error::Cpu(e.to_string()))?;
-    let set = vcpu.set_msrs(&msrs).map_err(Error::kvm("KVM_SET_MSRS"))?;
-    if set != wanted.len() {
-        let refused = wanted[set].index;
-        return Err(Error::Cpu(format!("KVM refuses register {refused:#x}")));
+    let msrs = Msrs::from_entries(&[fast_string]).map_err(|e| Error::Cpu(e.to_string()))?;
+    match vcpu.set_msrs(&msrs).map_err(Error::kvm("KVM_SET_MSRS"))? {
+        1 => Ok(()),
+        _ => Err(Error::Cpu(format!(
+            "KVM refuses register {MSR_MISC_ENABLE:#x}"
+        ))),
     }
-    Ok(())
 }
 
 /// The leaves for processor `id` of `count`: its number, how many there are, and the clocks' rates.
@@ -68,6 +74,10 @@ fn cpuid(supported: &CpuId, id: u32, count: u32, tsc_khz: u32) -> Result<CpuId, 
             (1, _) => {
                 entry.ebx = entry.ebx & 0xffff | count.min(255) << 16 | id << 24;
                 entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+                entry.edx &= !MTRR;
+                if count == 1 {
+                    entry.ecx &= !X2APIC;
+                }
             }
             // Extended topology: one thread for each core, all cores in one package.
             (0xb | 0x1f, level) => {
@@ -105,13 +115,13 @@ fn topology_level(level: u32) -> u32 {
     }
 }
 
-/// PVH's entry: 32-bit protected mode, flat segments, no paging, EBX at the start info.
-pub(super) fn enter_pvh(vcpu: &VcpuFd, entry: u64) -> Result<(), Error> {
+/// The protocol's entry: long mode, flat segments, what is mapped is mapped to itself, RSI at the zero page.
+pub(super) fn enter(vcpu: &VcpuFd, entry: u64) -> Result<(), Error> {
     let mut sregs = vcpu.get_sregs().map_err(Error::kvm("KVM_GET_SREGS"))?;
     let data = kvm_segment {
         base: 0,
         limit: u32::MAX,
-        selector: 0x10,
+        selector: 0x18,
         type_: 3,
         present: 1,
         db: 1,
@@ -120,28 +130,32 @@ pub(super) fn enter_pvh(vcpu: &VcpuFd, entry: u64) -> Result<(), Error> {
         ..Default::default()
     };
     sregs.cs = kvm_segment {
-        selector: 8,
+        selector: 0x10,
         type_: 11,
+        db: 0,
+        l: 1,
         ..data
     };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    // A busy 32-bit task state segment: a processor in protected mode has one.
+    // A busy 64-bit task state segment.
     sregs.tr = kvm_segment {
         limit: 0x67,
-        selector: 0x18,
+        selector: 0x20,
         type_: 11,
         present: 1,
         ..Default::default()
     };
-    // Protected mode; bit 4 is always one.
-    sregs.cr0 = 1 | 1 << 4;
-    sregs.cr4 = 0;
-    sregs.efer = 0;
+    (sregs.gdt.base, sregs.gdt.limit) = (GDT, GDT_SIZE as u16 - 1);
+    (sregs.idt.base, sregs.idt.limit) = (0, 0);
+    sregs.cr0 = CR0_PROTECTED;
+    sregs.cr3 = PAGE_TABLES[0];
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LONG;
     vcpu.set_sregs(&sregs)
         .map_err(Error::kvm("KVM_SET_SREGS"))?;
     let regs = kvm_regs {
         rip: entry,
-        rbx: START_INFO,
+        rsi: ZERO_PAGE,
         rflags: 2,
         ..Default::default()
     };

@@ -1,7 +1,7 @@
 //! Where everything lies in the guest's physical memory, and which interrupt is whose. Numbers only.
 //!
 //! ```text
-//!  0x0000_0000  start info, memory map, command line      (boot.rs)
+//!  0x0000_0000  descriptors, zero page, page tables, command line      (boot.rs)
 //!  0x000a_0000  nothing: the hole of a PC
 //!  0x000f_0000  MP table
 //!  0x0010_0000  memory: kernel, initramfs at its end      up to 3 GiB
@@ -12,12 +12,14 @@
 
 use std::ops::Range;
 
-/// `struct hvm_start_info` of PVH boot.
-pub(super) const START_INFO: u64 = 0x6000;
-/// Its one module: the initramfs.
-pub(super) const MODULES: u64 = 0x6040;
-/// Its memory map.
-pub(super) const MEMORY_MAP: u64 = 0x7000;
+/// Segment descriptors with which the kernel is entered.
+pub(super) const GDT: u64 = 0x500;
+/// `struct boot_params`, which boot loaders call the zero page.
+pub(super) const ZERO_PAGE: u64 = 0x7000;
+/// Page tables with which the kernel is entered, the first one the top.
+pub(super) const PAGE_TABLES: [u64; 3] = [0x9000, 0xa000, 0xb000];
+/// They map memory below this address to itself.
+pub(super) const MAPPED: u64 = 1 << 30;
 /// The kernel's command line.
 pub(super) const CMDLINE: u64 = 0x2_0000;
 /// Longest command line, bytes, with its NUL (x86's `COMMAND_LINE_SIZE`).
@@ -69,4 +71,43 @@ pub(super) fn irq(slot: usize) -> u32 {
 /// First address of the registers of device `slot`.
 pub(super) fn registers(slot: usize) -> u64 {
     MMIO + slot as u64 * MMIO_SIZE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What lies where before the kernel runs, with its size.
+    const PLACES: [(u64, u64); 6] = [
+        (GDT, super::super::boot::GDT_SIZE as u64),
+        (ZERO_PAGE, 4096),
+        (PAGE_TABLES[0], 3 * 4096),
+        (CMDLINE, CMDLINE_MAX as u64),
+        (MP_TABLE, 0x1_0000),
+        (HIGH_START, 0),
+    ];
+
+    #[test]
+    fn what_the_kernel_is_given_lies_one_after_the_other_and_below_it() {
+        for pair in PLACES.windows(2) {
+            let [(start, size), (next, _)] = pair else {
+                panic!("{pair:?}");
+            };
+            assert!(start + size <= *next, "{start:#x} {next:#x}");
+        }
+        const { assert!(CMDLINE + CMDLINE_MAX as u64 <= LOW_END && LOW_END <= MP_TABLE) };
+    }
+
+    #[test]
+    fn every_device_has_registers_in_the_hole_and_an_interrupt_of_its_own() {
+        let mut irqs = Vec::new();
+        for slot in 0..DEVICES_MAX {
+            let registers = registers(slot);
+            assert!(registers >= HOLE.start && registers + MMIO_SIZE <= IO_APIC.into());
+            assert!(irq(slot) < 24 && irq(slot) != SERIAL_IRQ);
+            irqs.push(irq(slot));
+        }
+        irqs.dedup();
+        assert_eq!(irqs.len(), DEVICES_MAX);
+    }
 }

@@ -11,6 +11,7 @@
 mod boot;
 mod bus;
 mod cpu;
+mod ioapic;
 mod layout;
 mod memory;
 mod mptable;
@@ -192,11 +193,12 @@ impl Machine {
         let parts = Parts::new(guest, config.vcpus, config.console, None, slots)?;
         let cmdline = cmdline(&config.boot.cmdline, parts.bus.slots.len());
         let entry = boot::load(&parts.memory, &mut config.boot, &cmdline, config.vcpus)?;
+        ioapic::set_up(&parts.vm)?;
         let supported = cpu::supported(&parts.kvm)?;
         for (id, vcpu) in (0..).zip(&parts.cpus) {
             cpu::set_up(vcpu, &supported, id, config.vcpus)?;
         }
-        cpu::enter_pvh(&parts.cpus[0], entry)?;
+        cpu::enter(&parts.cpus[0], entry)?;
         parts.start(config.confined, ended)
     }
 

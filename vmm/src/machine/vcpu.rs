@@ -106,9 +106,7 @@ impl Vcpus {
                 .spawn(body);
             threads.push(thread.map_err(Error::io("start a vCPU's thread"))?);
         }
-        let vcpus = Self { gate, threads };
-        vcpus.pause();
-        Ok(vcpus)
+        Ok(Self { gate, threads })
     }
 
     /// Takes every processor out of the guest. Idempotent.

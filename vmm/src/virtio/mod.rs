@@ -32,7 +32,7 @@ pub use balloon::Balloon;
 pub use block::Block;
 pub use buffers::{Buffers, MAX_PIECES, TooManyPieces};
 pub use event_loop::{Attached, EventLoop, Watch};
-pub use net::{Net, NetConfig};
+pub use net::{Net, NetConfig, open_tap};
 pub use remote::Remote;
 pub use rng::Rng;
 pub use vsock::Vsock;

@@ -4,14 +4,14 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use sealpod_vmm::machine::{Boot, Config, Machine};
-use sealpod_vmm::virtio::{Block, Device, Net, NetConfig};
+use sealpod_vmm::virtio::{Block, Device, Net, NetConfig, open_tap};
 
 use crate::bench::{Bench, DISK};
 
@@ -37,7 +37,6 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
 
 #[test]
 #[ignore = "a measurement"]
-#[expect(unsafe_code, reason = "a tap is opened with an ioctl")]
 fn speed() {
     let Some(bench) = Bench::new(GUEST) else {
         return;
@@ -58,24 +57,7 @@ fn speed() {
     let mut results = [Vec::new(), Vec::new()];
     for _ in 0..ROUNDS {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let tap = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")
-            .unwrap();
-        // SAFETY: all zeros are a valid ifreq; it outlives the call (TUNSETIFF).
-        unsafe {
-            let mut request: libc::ifreq = std::mem::zeroed();
-            for (to, from) in request.ifr_name.iter_mut().zip(b"bench0") {
-                *to = *from as libc::c_char;
-            }
-            let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-            request.ifr_ifru.ifru_flags = flags as libc::c_short;
-            assert_eq!(
-                libc::ioctl(tap.as_raw_fd(), 0x4004_54ca, &raw const request),
-                0
-            );
-        }
+        let tap = open_tap("bench0").unwrap();
         let net = NetConfig {
             mac: [2, 0, 0, 0, 0, 9],
             mtu: 1500,
@@ -83,7 +65,7 @@ fn speed() {
         let file = File::options().read(true).write(true).open(&disk).unwrap();
         let devices: Vec<Arc<Mutex<dyn Device>>> = vec![
             Arc::new(Mutex::new(Block::new(file, false, "disk").unwrap())),
-            Arc::new(Mutex::new(Net::new(vec![tap.into()], net).unwrap())),
+            Arc::new(Mutex::new(Net::new(vec![tap], net).unwrap())),
         ];
         let config = Config {
             boot: Boot {

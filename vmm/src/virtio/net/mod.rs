@@ -21,6 +21,8 @@ use virtio_bindings::bindings::virtio_ring::{
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+pub use self::tap::open_tap;
+
 use self::receive::End;
 use self::tap::{OFFLOAD_CSUM, OFFLOAD_TSO_ECN, OFFLOAD_TSO4, OFFLOAD_TSO6, Tap};
 use super::rings::{Chain, Rings};

@@ -1,6 +1,7 @@
 //! The host's end of a network device: one queue of a tap. System calls only.
 #![expect(unsafe_code, reason = "a tap is set up with ioctls")]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -10,6 +11,7 @@ use crate::virtio::{Buffers, Error, io as guest_io};
 pub(super) const HEADER: usize = 12;
 
 // linux/if_tun.h, as _IOW('T', number, int) of x86-64.
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
@@ -19,6 +21,31 @@ pub(super) const OFFLOAD_CSUM: u32 = libc::TUN_F_CSUM;
 pub(super) const OFFLOAD_TSO4: u32 = libc::TUN_F_TSO4;
 pub(super) const OFFLOAD_TSO6: u32 = libc::TUN_F_TSO6;
 pub(super) const OFFLOAD_TSO_ECN: u32 = libc::TUN_F_TSO_ECN;
+
+/// Opens the tap of this name, which somebody has made with `vnet_hdr` (ip-tuntap(8)).
+///
+/// # Errors
+/// [`Error`]: no such tap, it is in use, or the name is longer than 15 bytes.
+pub fn open_tap(name: &str) -> Result<OwnedFd, Error> {
+    let resource = |what| move |source| Error::Resource { what, source };
+    if !(1..libc::IFNAMSIZ).contains(&name.len()) {
+        let why = format!("{name:?} is not the name of an interface");
+        return Err(Error::Configuration(why));
+    }
+    let tap = (File::options().read(true).write(true).open("/dev/net/tun"))
+        .map_err(resource("open /dev/net/tun"))?;
+    // SAFETY: an all-zero `ifreq` is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: `request` is an `ifreq` that outlives the call.
+    done(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) })
+        .map_err(resource("open the tap"))?;
+    Ok(tap.into())
+}
 
 /// A queue of a tap.
 pub(super) struct Tap {
