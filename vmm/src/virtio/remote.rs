@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::vhost_user::{Error as VhostUserError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
@@ -48,7 +48,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A device of a guest that another process implements.
 pub struct Remote {
-    daemon: Frontend,
+    /// Gone for good once it did not answer in time: a late answer would be taken for another one.
+    daemon: Option<Frontend>,
     kind: u32,
     queue_sizes: &'static [u16],
     /// How many of the queues, from the first, are the daemon's.
@@ -129,7 +130,7 @@ impl Remote {
             ));
         }
         Ok(Self {
-            daemon,
+            daemon: Some(daemon),
             kind,
             queue_sizes,
             served,
@@ -140,25 +141,73 @@ impl Remote {
         })
     }
 
-    fn start(&mut self, accepted: u64, active: &mut Active) -> Result<(), Error> {
+    fn start(&self, accepted: u64, active: &mut Active) -> Result<(), Error> {
+        let daemon = self.daemon()?;
         let accepted = self.features & accepted;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        (self.daemon.set_features(accepted | protocol)).map_err(failed("told the features"))?;
+        (daemon.set_features(accepted | protocol)).map_err(failed("told the features"))?;
         let memory = active.memory.memory();
         let regions: Vec<_> = (memory.iter())
             .map(VhostUserMemoryRegionInfo::from_guest_region)
             .collect::<Result<_, _>>()
             .map_err(|_| Error::Configuration("guest memory is not a file's".into()))?;
-        (self.daemon.set_mem_table(&regions)).map_err(failed("shown the guest's memory"))?;
+        (daemon.set_mem_table(&regions)).map_err(failed("shown the guest's memory"))?;
         for index in 0..self.served {
             let (queue, _) = &active.queues[index];
             if !queue.ready() || queue.size() == 0 || !queue.is_valid(&*memory) {
                 return Err(Error::Queue(index));
             }
             active.started = index + 1;
-            active.start_queue(&self.daemon, index)?;
+            active.start_queue(daemon, index)?;
         }
         Ok(())
+    }
+
+    fn daemon(&self) -> Result<&Frontend, Error> {
+        let gone = || VhostUserError::Disconnected.into();
+        (self.daemon.as_ref()).ok_or_else(|| failed("reached")(gone()))
+    }
+
+    /// Gives up a daemon that is gone or no longer in step. Returns whether it did.
+    fn give_up(&mut self, failure: &Error) -> bool {
+        let Error::Daemon {
+            source: vhost::Error::VhostUserProtocol(why),
+            ..
+        } = failure
+        else {
+            return false;
+        };
+        // What it refuses, it has answered.
+        let refused = matches!(why, VhostUserError::BackendInternalError);
+        if !refused {
+            self.daemon = None;
+        }
+        !refused
+    }
+
+    /// Where the queues stand; the daemon tells only when it stops.
+    fn positions(&mut self) -> Result<Vec<QueueState>, Error> {
+        let Some(mut active) = self.active.take() else {
+            return Ok(Vec::new());
+        };
+        let mut ask = || {
+            let daemon = self.daemon()?;
+            for index in 0..active.started {
+                active.stop_queue(daemon, index)?;
+            }
+            let queues = active.queues.iter();
+            let states = queues.map(|(queue, _)| QueueState::from(queue)).collect();
+            for index in 0..active.started {
+                active.start_queue(daemon, index)?;
+            }
+            Ok(states)
+        };
+        let states = ask();
+        self.active = Some(active);
+        if let Err(e) = &states {
+            self.give_up(e);
+        }
+        states
     }
 }
 
@@ -329,7 +378,8 @@ impl Device for Remote {
             started = active.tell_reset().map_err(|_| Error::Queue(VSOCK_EVENTS));
         }
         self.active = Some(active);
-        if started.is_err() {
+        if let Err(e) = &started {
+            self.give_up(e);
             self.reset();
         }
         started
@@ -340,9 +390,13 @@ impl Device for Remote {
             return;
         };
         for index in 0..active.started {
+            let stopped = (self.daemon()).and_then(|daemon| active.stop_queue(daemon, index));
             // A daemon that is gone does not touch the guest's memory either.
-            if let Err(e) = active.stop_queue(&self.daemon, index) {
+            if let Err(e) = stopped {
                 tracing::debug!("A device's daemon did not stop queue {index}: {e}");
+                if self.give_up(&e) {
+                    return;
+                }
             }
         }
     }
@@ -364,22 +418,10 @@ impl Device for Remote {
                 why: "what it remembers of the guest is its daemon's",
             });
         }
-        let state = State::Stateless { kind: self.kind };
-        let mut queues = Vec::new();
-        if let Some(active) = &mut self.active {
-            let served = 0..active.started;
-            // The daemon says where it stands only when it stops.
-            for index in served.clone() {
-                active.stop_queue(&self.daemon, index)?;
-            }
-            queues = (active.queues.iter())
-                .map(|(queue, _)| QueueState::from(queue))
-                .collect();
-            for index in served {
-                active.start_queue(&self.daemon, index)?;
-            }
-        }
-        Ok(Saved { queues, state })
+        Ok(Saved {
+            queues: self.positions()?,
+            state: State::Stateless { kind: self.kind },
+        })
     }
 
     fn restore(&mut self, state: &State) -> Result<(), Error> {

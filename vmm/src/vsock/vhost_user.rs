@@ -250,6 +250,10 @@ impl State {
         {
             debug!("vsock: the guest has reset the device");
             self.engine.reset();
+        }
+        if stopped_at.iter().any(Option::is_some) {
+            // It may have been reset where it stood: a queue can be broken at its first entry. One that
+            // was only paused breaks again.
             self.broken = false;
         }
         if self.broken {

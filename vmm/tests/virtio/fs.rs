@@ -32,13 +32,13 @@ fn virtiofsd() -> Option<PathBuf> {
 }
 
 /// A daemon that serves a folder with one file.
-struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
     dir: TempDir,
 }
 
 impl Daemon {
-    fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         let Some(program) = virtiofsd() else {
             eprintln!("SKIPPED: needs virtiofsd (shim/get-virtiofsd.sh)");
             return None;
@@ -62,7 +62,7 @@ impl Daemon {
         Some(Self { child, dir })
     }
 
-    fn device(&self) -> Remote {
+    pub(crate) fn device(&self) -> Remote {
         let socket = UnixStream::connect(self.dir.path().join("socket")).unwrap();
         Remote::folder(socket, "sealpod").unwrap()
     }
@@ -127,7 +127,7 @@ fn wait(on: &vmm_sys_util::eventfd::EventFd) {
     on.read().unwrap();
 }
 
-fn read_hello(guest: &mut Machine<Remote>) -> Vec<u8> {
+pub(crate) fn read_hello(guest: &mut Machine<Remote>) -> Vec<u8> {
     let numbers = |list: &[u32]| -> Vec<u8> { list.iter().flat_map(|n| n.to_le_bytes()).collect() };
     // INIT: version 7.38, read ahead, no flags.
     let init = fuse(

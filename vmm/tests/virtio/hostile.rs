@@ -3,13 +3,15 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::time::{Duration, Instant};
 
-use sealpod_vmm::virtio::{Balloon, Block, Device, Error, QueueState, Rng};
+use sealpod_vmm::virtio::{Balloon, Block, Device, Error, Net, QueueState, Rng};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::driver::{EVENT_IDX, MEMORY, Machine, Random, private_memory};
-use crate::vsock;
+use crate::driver::{EVENT_IDX, MEMORY, Machine, Random, private_memory, shared_memory};
+use crate::net::{self, Wire, frame, seen, send};
+use crate::{fs, vsock};
 
 /// Rounds against each device; each is a start, some kicks, and a reset.
 const ROUNDS: u64 = 400;
@@ -83,7 +85,18 @@ fn tangle<D: Device>(guest: &Machine<D>, random: &mut Random, queue: usize) {
 
 /// Rounds of nonsense; `alive` shows that the device works when the driver is reasonable again.
 fn torment<D: Device + 'static>(device: D, seed: u64, alive: impl Fn(&mut Machine<D>)) {
-    let mut guest = Machine::with(device, u64::MAX, private_memory());
+    torment_amid(device, private_memory(), seed, || {}, alive);
+}
+
+/// The same while `others` do something on the host's side, once for each kick.
+fn torment_amid<D: Device + 'static>(
+    device: D,
+    memory: GuestMemoryMmap,
+    seed: u64,
+    mut others: impl FnMut(),
+    alive: impl Fn(&mut Machine<D>),
+) {
+    let mut guest = Machine::with(device, u64::MAX, memory);
     let mut random = Random(seed);
     let queues = guest.rings.len();
     for round in 0..ROUNDS {
@@ -96,6 +109,7 @@ fn torment<D: Device + 'static>(device: D, seed: u64, alive: impl Fn(&mut Machin
         }
         scribble(&guest, &mut random, 0x10_0000, 0x10_1000);
         for _ in 0..3 {
+            others();
             guest.kick(random.below(queues as u64) as usize);
             guest.run();
         }
@@ -103,7 +117,8 @@ fn torment<D: Device + 'static>(device: D, seed: u64, alive: impl Fn(&mut Machin
         guest.device().write_config(offset, &value);
         guest.device().read_config(offset, &mut [0; 16]);
         guest.device().event(random.next() as u32);
-        guest.device().save().unwrap();
+        let saved = guest.device().save();
+        assert!(matches!(saved, Ok(_) | Err(Error::NotSaved { .. })));
         if round % 10 == 0 {
             guest.reboot();
             alive(&mut guest);
@@ -152,6 +167,86 @@ fn vsock_survives_a_senseless_driver() {
     torment(vsock::device(dir.path()), 4, |guest| {
         guest.ask(1, &[b"not a packet"], &[]);
     });
+}
+
+#[test]
+fn net_survives_a_senseless_driver_amid_frames_for_it() {
+    for queues in [1, 2] {
+        Wire::with(queues, |taps, host| {
+            let receives = |guest: &mut Machine<Net>| {
+                for _ in 0..128 {
+                    guest.offer(0, &[], &[2048]);
+                }
+                guest.kick(0);
+                guest.run();
+            };
+            let others = || send(&host, &[0; 10], &frame(&[1; 200]));
+            let net = Net::new(taps, net::CONFIG).unwrap();
+            torment_amid(net, private_memory(), 6, others, |guest| {
+                receives(guest);
+                let mut waiting = 0;
+                while guest.done(0).is_some() {
+                    waiting += 1; // what came meanwhile
+                }
+                assert!(waiting < 128);
+                send(&host, &[0; 10], &frame(&[2; 60]));
+                guest.run();
+                let (_, got) = guest.done(0).unwrap();
+                assert!(got.ends_with(&frame(&[2; 60])));
+                net::drain(&host);
+                let sent = frame(b"from a driver that has come to its senses, to the host");
+                guest.ask(1, &[&[0; 12], &sent], &[]);
+                while seen(&host) != sent {}
+            });
+        });
+    }
+}
+
+#[test]
+fn an_engine_in_another_process_survives_a_senseless_driver() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_engine, device) = vsock::remote(dir.path());
+    torment_amid(
+        device,
+        shared_memory(),
+        7,
+        || {},
+        |guest| {
+            vsock::refill(guest);
+            guest.kick(0);
+            vsock::connected_remotely(guest, dir.path());
+        },
+    );
+}
+
+#[test]
+fn a_daemon_that_a_senseless_driver_keeps_busy_is_an_error_and_not_a_hang() {
+    let Some(daemon) = fs::Daemon::start() else {
+        return;
+    };
+    let mut guest = Machine::new(daemon.device());
+    let mut random = Random(8);
+    for _ in 0..ROUNDS {
+        tangle(&guest, &mut random, 1);
+        guest.kick(1);
+        guest.run();
+        guest.device().reset();
+        // As soon as the daemon does not answer it is given up, and nobody waits for it again.
+        let begin = Instant::now();
+        match guest.start(0) {
+            Ok(()) => {}
+            Err(Error::Daemon { .. }) => {
+                assert!(begin.elapsed() < Duration::from_secs(1));
+                guest.device().reset();
+                break;
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+    // Another guest's daemon has nothing to do with it.
+    let other = fs::Daemon::start().unwrap();
+    let mut other = Machine::new(other.device());
+    assert_eq!(fs::read_hello(&mut other), b"from the host");
 }
 
 #[test]

@@ -22,7 +22,7 @@ const MRG_RXBUF: u64 = 1 << 15;
 /// Everything that would let the kernel leave work to the guest.
 const GUEST_OFFLOADS: u64 = 1 << 1 | 1 << 7 | 1 << 8 | 1 << 9;
 
-const CONFIG: NetConfig = NetConfig {
+pub(crate) const CONFIG: NetConfig = NetConfig {
     mac: [2, 0, 0, 0, 0, 9],
     mtu: 1500,
 };
@@ -34,7 +34,7 @@ fn ok(result: i32) -> i32 {
 
 /// A tap in a network namespace of the calling thread, with so many queues, and a socket on the
 /// host's side of it.
-struct Wire {
+pub(crate) struct Wire {
     taps: Vec<OwnedFd>,
     host: File,
 }
@@ -123,7 +123,7 @@ impl Wire {
     }
 
     /// Runs `test` with a wire in a thread of its own, and so in a namespace of its own.
-    fn with(queues: usize, test: impl FnOnce(Vec<OwnedFd>, File) + Send) {
+    pub(crate) fn with(queues: usize, test: impl FnOnce(Vec<OwnedFd>, File) + Send) {
         std::thread::scope(|scope| {
             let run = || {
                 if let Some(wire) = Self::new(queues) {
@@ -136,19 +136,34 @@ impl Wire {
 }
 
 /// Has the host send a frame, with the header of a packet socket (10 bytes).
-fn send(mut host: &File, header: &[u8; 10], frame: &[u8]) {
+pub(crate) fn send(mut host: &File, header: &[u8; 10], frame: &[u8]) {
     host.write_all(&[header, frame].concat()).unwrap();
 }
 
+/// Throws away what the host has seen.
+pub(crate) fn drain(host: &File) {
+    let mut frame = [0_u8; 64];
+    // SAFETY: pointer and length are those of `frame`.
+    while unsafe {
+        let flags = libc::MSG_DONTWAIT;
+        libc::recv(
+            host.as_raw_fd(),
+            frame.as_mut_ptr().cast(),
+            frame.len(),
+            flags,
+        ) >= 0
+    } {}
+}
+
 /// What the host sees next, without that header.
-fn seen(mut host: &File) -> Vec<u8> {
+pub(crate) fn seen(mut host: &File) -> Vec<u8> {
     let mut frame = vec![0; 1 << 17];
     let length = host.read(&mut frame).unwrap();
     frame[10..length].to_vec()
 }
 
 /// An Ethernet frame of a local experimental type.
-fn frame(payload: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(payload: &[u8]) -> Vec<u8> {
     [
         &[2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1, 0x88, 0xb5][..],
         payload,

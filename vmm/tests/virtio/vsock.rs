@@ -25,7 +25,7 @@ pub(crate) fn device(dir: &Path) -> Vsock {
 }
 
 /// Offers receive buffers.
-fn refill<D: Device>(guest: &mut Machine<D>) {
+pub(crate) fn refill<D: Device>(guest: &mut Machine<D>) {
     for _ in 0..16 {
         guest.offer(RX, &[], &[4096]);
     }
@@ -147,7 +147,7 @@ fn the_configuration_is_the_guests_cid() {
 const PATIENCE: i32 = 20_000;
 
 /// An engine as the shim has it, and the device with which a VMM shows it.
-fn remote(dir: &Path) -> (VhostUserVsock, Remote) {
+pub(crate) fn remote(dir: &Path) -> (VhostUserVsock, Remote) {
     let path = dir.join("vhost.sock");
     let listener = UnixListener::bind(&path).unwrap();
     let config = Config {
@@ -171,7 +171,7 @@ fn await_packet(guest: &mut Machine<Remote>) -> (Header, Vec<u8>) {
 }
 
 /// Answers the request of a client of port 7; returns the client.
-fn connected_remotely(guest: &mut Machine<Remote>, dir: &Path) -> (UnixStream, Header) {
+pub(crate) fn connected_remotely(guest: &mut Machine<Remote>, dir: &Path) -> (UnixStream, Header) {
     let mut client = UnixStream::connect(dir.join("vsock.sock")).unwrap();
     client.write_all(b"CONNECT 7\n").unwrap();
     let (request, _) = await_packet(guest);

@@ -150,3 +150,73 @@ fn u64_at(raw: &[u8], at: usize) -> u64 {
         .first_chunk()
         .map_or(0, |raw| u64::from_le_bytes(*raw))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers around which sums and products go wrong.
+    fn edges(around: &[u64]) -> Vec<u64> {
+        let mut edges = Vec::new();
+        for at in around
+            .iter()
+            .chain(&[0, 1 << 31, 1 << 32, 1 << 55, 1 << 63])
+        {
+            edges.extend((0..3).flat_map(|n| [at.wrapping_add(n), at.wrapping_sub(n)]));
+        }
+        edges
+    }
+
+    fn disk(sectors: u64) -> Disk {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(sectors * SECTOR).unwrap();
+        Disk::new(file, false, "d").unwrap()
+    }
+
+    #[test]
+    fn a_range_is_whole_sectors_of_the_disk_or_refused_whatever_the_numbers() {
+        let most = u64::from(SEGMENTS) * u64::from(SEGMENT);
+        for sectors in [1, 7, 1 << 20] {
+            let disk = disk(sectors);
+            for sector in edges(&[sectors, u64::MAX / SECTOR]) {
+                for length in edges(&[SECTOR, sectors * SECTOR, most]) {
+                    // In numbers that no sum of these can leave.
+                    let (from, count) = (u128::from(sector) * 512, u128::from(length));
+                    let good = from + count <= u128::from(sectors) * 512
+                        && count.is_multiple_of(512)
+                        && count <= u128::from(most);
+                    match range(&disk, sector, length as usize) {
+                        Ok(offset) => assert!(good && u128::from(offset) == from),
+                        Err(_) => assert!(!good, "{sector} {length} of {sectors}"),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_of_a_discard_lie_on_the_disk_or_all_are_refused_whatever_the_numbers() {
+        let sectors = 1 << 10;
+        let disk = disk(sectors);
+        for sector in edges(&[sectors, u64::MAX / SECTOR]) {
+            for count in edges(&[sectors, DISCARD_SECTORS.into()]) {
+                let Ok(count) = u32::try_from(count) else {
+                    continue;
+                };
+                let mut raw = [0; 2 * RANGE];
+                raw[RANGE..RANGE + 8].copy_from_slice(&sector.to_le_bytes());
+                raw[RANGE + 8..RANGE + 12].copy_from_slice(&count.to_le_bytes());
+                let end = u128::from(sector) + u128::from(count);
+                let good = end <= u128::from(sectors) && count <= DISCARD_SECTORS;
+                let said = Buffers::from(&mut raw[..]);
+                match ranges(&disk, &said, DISCARD_RANGES, DISCARD_SECTORS) {
+                    Ok(found) => {
+                        let expected = (sector * SECTOR, u64::from(count) * SECTOR, 0);
+                        assert!(good && found == [(0, 0, 0), expected]);
+                    }
+                    Err(_) => assert!(!good, "{count} from {sector} on"),
+                }
+            }
+        }
+    }
+}
