@@ -1,17 +1,26 @@
-//! Any content of guest memory, for the block device, the balloon and the entropy device: rings and
-//! requests, in up to four rounds. The first byte chooses the device and what its driver accepted.
+//! Any content of guest memory, for the block device, the balloon, the entropy device and, as root, the
+//! network device: rings and requests, in up to four rounds. The first byte chooses the device and what
+//! its driver accepted.
 #![no_main]
+
+mod tap;
 
 use std::sync::{Arc, Mutex, OnceLock};
 
 use libfuzzer_sys::fuzz_target;
-use sealpod_vmm::virtio::{Activation, Balloon, Block, Device, EventLoop, Interrupt, Memory, Rng};
+use sealpod_vmm::virtio::{
+    Activation, Balloon, Block, Device, EventLoop, Interrupt, Memory, Net, NetConfig, Rng,
+};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::tap::Wire;
+
 /// Of each queue.
 const SIZE: u16 = 16;
+/// Token by which the network device hears that its tap has a frame.
+const TAP: u32 = 33;
 /// Sectors of the disk.
 const SECTORS: u64 = 64;
 
@@ -45,15 +54,38 @@ fn disk(readonly: bool) -> Block {
     Block::new(file, readonly, "fuzz").expect("a device")
 }
 
+/// The host's side of the network device, if this process may have one.
+fn wire() -> Option<&'static Wire> {
+    static WIRE: OnceLock<Option<Wire>> = OnceLock::new();
+    let make = || {
+        let wire = Wire::new();
+        (wire.inspect_err(|e| eprintln!("no network device is fuzzed: {e}"))).ok()
+    };
+    WIRE.get_or_init(make).as_ref()
+}
+
+fn net(wire: &Wire) -> Net {
+    let config = NetConfig {
+        mac: [2, 0, 0, 0, 0, 9],
+        mtu: 1500,
+    };
+    Net::new(vec![wire.tap()], config).expect("a device")
+}
+
 fuzz_target!(|data: &[u8]| {
     let Some((choice, data)) = data.split_first() else {
         return;
     };
-    let device: Arc<Mutex<dyn Device>> = match choice % 4 {
+    let wire = wire().filter(|_| choice % 5 == 4);
+    let device: Arc<Mutex<dyn Device>> = match choice % 5 {
         0 => Arc::new(Mutex::new(disk(false))),
         1 => Arc::new(Mutex::new(disk(true))),
         2 => Arc::new(Mutex::new(Balloon::new())),
-        _ => Arc::new(Mutex::new(Rng::new().expect("a device"))),
+        3 => Arc::new(Mutex::new(Rng::new().expect("a device"))),
+        _ => match wire {
+            Some(wire) => Arc::new(Mutex::new(net(wire))),
+            None => return,
+        },
     };
     let events = EventLoop::new().expect("an event loop");
     let watch = events.attach(device.clone());
@@ -63,7 +95,8 @@ fuzz_target!(|data: &[u8]| {
     let kick = || EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
     let activation = Activation {
         memory: Memory::new(memory.clone()),
-        features: u64::from(choice / 4 % 2) << 29 | 1 << 32,
+        // Event indices; a frame for the guest in several buffers.
+        features: u64::from(choice / 5 % 2) << 29 | u64::from(choice / 10 % 2) << 15 | 1 << 32,
         queues: (0..queues).map(|_| (queue(), kick())).collect(),
         interrupt: Arc::new(Deaf),
         watch,
@@ -73,6 +106,10 @@ fuzz_target!(|data: &[u8]| {
         memory
             .write_slice(image, GuestAddress(0x200))
             .expect("it fits");
+        if let Some(wire) = wire {
+            wire.send();
+            device.event(TAP);
+        }
         for queue in 0..queues {
             device.event(queue as u32);
         }
