@@ -1,5 +1,6 @@
-//! What a confined process cannot do, and what is told when it tries. Each case is a process of its own,
-//! this program run again; no KVM is needed.
+//! What a confined process cannot do, what is told when it tries, and what it can do without any guest's
+//! help. Each case is a process of its own, this program run again; no KVM is needed. `vmm/seen.sh`
+//! records what threads with the names of a VMM's do here.
 #![expect(clippy::unwrap_used, reason = "a panic is a failed test")]
 #![expect(
     unsafe_code,
@@ -8,8 +9,10 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
 use std::ptr::null_mut;
+use std::thread;
 
 use sealpod_vmm::confine::{self, FORBIDDEN, Thread};
 
@@ -18,9 +21,29 @@ const CASE: &str = "SEALPOD_TEST_CONFINED";
 
 /// Runs the test of this name again, as a case.
 fn run(test: &str, case: &str) -> Output {
+    again(test, case).output().unwrap()
+}
+
+fn again(test: &str, case: &str) -> Command {
     let mut again = Command::new(std::env::current_exe().unwrap());
     again.args([test, "--exact", "--nocapture"]).env(CASE, case);
-    again.output().unwrap()
+    again.env_remove("RUST_BACKTRACE");
+    again
+}
+
+/// Does something in a confined thread that is called as one of its kind, and then ends well.
+fn in_thread(kind: &str, work: impl FnOnce() + Send + 'static) -> ! {
+    let kind = Thread::ALL.into_iter().find(|k| k.name() == kind).unwrap();
+    confine::process().unwrap();
+    let confined = move || {
+        confine::thread(kind).unwrap();
+        work();
+    };
+    let thread = thread::Builder::new().name(kind.name().into());
+    match thread.spawn(confined).unwrap().join() {
+        Ok(()) => end(0),
+        Err(_) => end(1),
+    }
 }
 
 fn case() -> Option<String> {
@@ -104,4 +127,55 @@ fn no_path_can_be_opened_and_what_is_open_can_be_used() {
         file.write_all(b"still").unwrap();
     };
     std::thread::spawn(work).join().unwrap();
+}
+
+/// Memory in small blocks, in large ones, and in one that grows.
+fn use_memory() {
+    let small: Vec<Box<[u8; 100]>> = (0..20_000).map(|n| Box::new([n as u8; 100])).collect();
+    let mut large = vec![1_u8; 1 << 20];
+    large.reserve_exact(64 << 20);
+    large.resize(32 << 20, 2);
+    assert_eq!(u64::from(small[7][0]) + u64::from(large[9 << 20]), 9);
+}
+
+#[test]
+fn every_thread_can_use_memory_wait_and_close_whatever_the_allocator_does() {
+    const NAME: &str = "every_thread_can_use_memory_wait_and_close_whatever_the_allocator_does";
+    if let Some(kind) = case() {
+        let file = tempfile::tempfile().unwrap();
+        in_thread(&kind, move || {
+            use_memory();
+            thread::yield_now();
+            drop(file);
+        });
+    }
+    for kind in Thread::ALL.map(Thread::name) {
+        // Arenas of their own, and one for all threads.
+        for arenas in ["8", "1"] {
+            let mut again = again(NAME, kind);
+            let output = again.env("MALLOC_ARENA_MAX", arenas).output().unwrap();
+            assert!(output.status.success(), "{kind} {arenas}: {output:?}");
+        }
+    }
+}
+
+#[test]
+fn every_thread_can_say_why_it_panics_and_abort() {
+    const NAME: &str = "every_thread_can_say_why_it_panics_and_abort";
+    if let Some(case) = case() {
+        let (kind, how) = case.split_once(' ').unwrap();
+        let how = how.to_owned();
+        in_thread(kind, move || match &*how {
+            "panic" => panic!("as it should"),
+            _ => std::process::abort(),
+        });
+    }
+    for kind in Thread::ALL.map(Thread::name) {
+        let output = run(NAME, &format!("{kind} panic"));
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(told.contains("as it should"), "{kind}: {told}");
+        assert_eq!(output.status.code(), Some(1), "{kind}: {told}");
+        let output = run(NAME, &format!("{kind} abort"));
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
+    }
 }

@@ -1,7 +1,8 @@
 //! Which system calls each kind of thread may make once it is confined, and why. Tables only.
 //!
-//! A rule stands for a call that was seen in the lab (`seen.txt`, made by `vmm/seen.sh`), or says that it
-//! is for what no run shows. A test keeps tables and record together: what nobody needs is not here.
+//! A rule stands for a call that a test was seen to need: VM tests in the lab (`seen.txt`), or tests that
+//! need no VM (`seen-here.txt`); `vmm/seen.sh` makes both. A test keeps tables and records together: what
+//! nobody needs is not here.
 
 use std::collections::BTreeMap;
 
@@ -17,9 +18,6 @@ struct Rule {
     #[cfg_attr(not(test), expect(dead_code, reason = "for the test of the tables"))]
     name: &'static str,
     only: Only,
-    /// What needs it, when no run in the lab shows it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the test of the tables"))]
-    unseen: Option<&'static str>,
 }
 
 /// Which of its uses.
@@ -32,26 +30,16 @@ enum Only {
     Without(u8, u64),
 }
 
-/// `rule!(call)`, `rule!(call, only)`, and with `unseen "what needs it"`.
+/// `rule!(call)`, or `rule!(call, only)`.
 macro_rules! rule {
     ($call:ident) => {
         rule!($call, Only::Any)
     };
-    ($call:ident, unseen $why:literal) => {
-        rule!($call, Only::Any, Some($why))
-    };
     ($call:ident, $only:expr) => {
-        rule!($call, $only, None)
-    };
-    ($call:ident, $only:expr, unseen $why:literal) => {
-        rule!($call, $only, Some($why))
-    };
-    ($call:ident, $only:expr, $unseen:expr) => {
         Rule {
             call: libc::$call,
             name: stringify!($call),
             only: $only,
-            unseen: $unseen,
         }
     };
 }
@@ -72,15 +60,16 @@ const NOT_EXECUTABLE: Only = Only::Without(2, libc::PROT_EXEC as u64);
 
 /// Every thread: memory, locks, eventfds, descriptors, its end.
 const ALL: &[Rule] = &[
-    // Locks.
+    // Locks; channels wait by yielding for a sender that is in the middle of it.
     rule!(SYS_futex),
-    rule!(SYS_sched_yield, unseen "channels wait so for a sender that is in the middle of it"),
-    // The allocator.
-    rule!(SYS_mmap, NOT_EXECUTABLE, unseen "the allocator asks the kernel for more"),
+    rule!(SYS_sched_yield),
+    // The allocator: large blocks, which move when they grow, and arenas, the first of which threads may
+    // share.
+    rule!(SYS_mmap, NOT_EXECUTABLE),
     rule!(SYS_munmap),
-    rule!(SYS_mprotect, NOT_EXECUTABLE, unseen "the allocator grows a thread's arena"),
-    rule!(SYS_mremap, unseen "the allocator moves large blocks so"),
-    rule!(SYS_brk, unseen "the allocator's first arena, which threads may share"),
+    rule!(SYS_mprotect, NOT_EXECUTABLE),
+    rule!(SYS_mremap),
+    rule!(SYS_brk),
     // The allocator; the balloon.
     rule!(SYS_madvise),
     // Eventfds; the console; last words.
@@ -89,12 +78,12 @@ const ALL: &[Rule] = &[
     // Devices that are given up.
     rule!(SYS_close),
     // A thread's or the process' end, also an abort's.
-    rule!(SYS_exit_group, unseen "a forbidden call ends the process in any thread"),
+    rule!(SYS_exit_group),
     rule!(SYS_exit),
     rule!(SYS_sigaltstack),
     rule!(SYS_rt_sigprocmask),
-    rule!(SYS_getpid, unseen "abort"),
-    rule!(SYS_gettid, unseen "abort, panic messages"),
+    rule!(SYS_getpid),
+    rule!(SYS_gettid),
 ];
 
 /// A virtual processor: the guest, and devices when their driver comes up or goes.
@@ -110,25 +99,27 @@ const VCPU: &[Rule] = &[
     rule!(SYS_fcntl, Only::One(1, &[F_GETFD, F_DUPFD])),
     // Has the devices' thread wait for a queue.
     rule!(SYS_epoll_ctl),
-    rule!(SYS_tgkill, Only::One(2, &[libc::SIGABRT as u64]), unseen "abort"),
+    // Abort.
+    rule!(SYS_tgkill, Only::One(2, &[libc::SIGABRT as u64])),
 ];
 
 /// The devices.
 const DEVICES: &[Rule] = &[
     rule!(SYS_epoll_wait),
-    rule!(SYS_epoll_ctl, unseen "a tap that has nothing more to say"),
-    // Disks.
+    // Disks: requests, flushes, discards, zeroing, and zeroing where the disk cannot do it.
     rule!(SYS_preadv),
     rule!(SYS_pwritev),
-    rule!(SYS_fdatasync, unseen "flushes"),
-    rule!(SYS_fallocate, unseen "discards and zeroing"),
-    rule!(SYS_pwrite64, unseen "zeroing where the disk cannot do it"),
-    // Whoever drops a device last closes what it had.
-    rule!(SYS_fcntl, Only::One(1, &[F_GETFD]), unseen "debug builds look whether what they close is open"),
+    rule!(SYS_fdatasync),
+    rule!(SYS_fallocate),
+    rule!(SYS_pwrite64),
+    // Whoever drops a device last closes what it had, and looks first whether that is open.
+    #[cfg(debug_assertions)]
+    rule!(SYS_fcntl, Only::One(1, &[F_GETFD])),
     // Taps.
     rule!(SYS_readv),
     rule!(SYS_writev),
-    rule!(SYS_tgkill, Only::One(2, &[libc::SIGABRT as u64]), unseen "abort"),
+    // Abort.
+    rule!(SYS_tgkill, Only::One(2, &[libc::SIGABRT as u64])),
 ];
 
 /// What the shim asks for, devices that come later, the end.
@@ -201,10 +192,13 @@ mod tests {
     use std::collections::BTreeSet;
 
     /// Each line: thread, call, and the command of an ioctl.
-    const SEEN: &str = include_str!("seen.txt");
+    const SEEN: [&str; 2] = [include_str!("seen.txt"), include_str!("seen-here.txt")];
 
     fn seen(kind: Thread) -> BTreeSet<(&'static str, Option<u64>)> {
-        let lines = SEEN.lines().filter(|line| !line.starts_with('#'));
+        let lines = SEEN
+            .into_iter()
+            .flat_map(str::lines)
+            .filter(|line| !line.starts_with('#'));
         let of_kind = lines.filter_map(|line| line.strip_prefix(kind.name())?.strip_prefix(' '));
         let words = of_kind.map(|line| match line.split_once(" 0x") {
             Some((call, command)) => (call, u64::from_str_radix(command, 16).ok()),
@@ -214,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn every_rule_was_seen_in_use_or_says_what_it_is_for() {
+    fn every_rule_was_seen_in_use() {
         for kind in Thread::ALL {
             let seen = seen(kind);
             let somebody: BTreeSet<_> = Thread::ALL.into_iter().flat_map(self::seen).collect();
@@ -223,11 +217,7 @@ mod tests {
                 let shared = ALL.iter().any(|all| all.call == rule.call);
                 let used = if shared { &somebody } else { &seen };
                 let used = used.iter().any(|(call, _)| *call == name);
-                assert!(
-                    used || rule.unseen.is_some(),
-                    "{} may {name}, and nothing does",
-                    kind.name()
-                );
+                assert!(used, "{} may {name}, and nothing does", kind.name());
                 if let (Only::One(1, commands), "ioctl") = (&rule.only, name) {
                     for command in *commands {
                         assert!(seen.contains(&(name, Some(*command))), "{command:#x}");

@@ -4,6 +4,7 @@
 
 mod balloon;
 mod block;
+mod confined;
 mod driver;
 mod event_loop;
 mod fs;
