@@ -11,6 +11,7 @@ pub mod container;
 pub mod io;
 pub mod launch;
 pub mod log;
+mod memory;
 pub mod network;
 pub mod reaper;
 pub mod sandbox;

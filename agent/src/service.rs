@@ -22,7 +22,7 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Result};
 
 use crate::attest::{Attestor, Gate, device, device::Live};
-use crate::cgroup::{oom, stats};
+use crate::cgroup::{self, oom, stats};
 use crate::container::Containers;
 use crate::io::{Connection, Processes};
 use crate::log;
@@ -409,13 +409,14 @@ impl Agent for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {
-        check_id("container", &request.container_id)?;
-        let container = self
-            .0
-            .containers
-            .get(&request.container_id)
-            .map_err(container_error)?;
-        let metrics = stats::read(container.cgroup_path())
+        let metrics = if request.container_id.is_empty() {
+            stats::read(Path::new(cgroup::ROOT))
+        } else {
+            check_id("container", &request.container_id)?;
+            let found = self.0.containers.get(&request.container_id);
+            stats::read(found.map_err(container_error)?.cgroup_path())
+        };
+        let metrics = metrics
             .write_to_bytes()
             .map_err(|e| status(Code::INTERNAL, e))?;
         Ok(StatsResponse {

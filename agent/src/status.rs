@@ -26,9 +26,10 @@ pub(crate) fn container_error(error: ContainerError) -> Error {
         }
         ContainerError::Cgroup(CgroupError::Invalid(_)) => Code::INVALID_ARGUMENT,
         ContainerError::Launch(_) => Code::UNKNOWN,
-        ContainerError::Streams(_) | ContainerError::Signal { .. } | ContainerError::Cgroup(_) => {
-            Code::INTERNAL
-        }
+        ContainerError::Streams(_)
+        | ContainerError::Signal { .. }
+        | ContainerError::Cgroup(_)
+        | ContainerError::Volume { .. } => Code::INTERNAL,
     };
     status(code, error)
 }

@@ -9,7 +9,7 @@ pub mod simulator;
 pub mod streams;
 
 /// Version of `proto/agent.proto`. Raised by every change that the other side must know of.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Host port (CID 2) that the agent dials when it is ready.
 pub const AGENT_PORT: u32 = 1024;
@@ -26,6 +26,8 @@ pub const SHARE_TAG: &str = "sealpod";
 pub const SHARE_DIR: &str = "/run/sealpod/share";
 /// A tmpfs of the pod, for `/dev/shm` of its containers.
 pub const SANDBOX_SHM_DIR: &str = "/run/sealpod/shm";
+/// Below it the agent makes the pod's volumes in memory, each by its name.
+pub const MEMORY_DIR: &str = "/run/sealpod/memory";
 
 /// Longest container or exec id that is accepted, bytes (containerd's own limit is 76).
 pub const ID_MAX: usize = 128;

@@ -47,6 +47,14 @@ pub enum ContainerError {
     /// Limits and groups.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// A volume in memory.
+    #[error("Volume {name:?} in memory: {source}")]
+    Volume {
+        /// Which.
+        name: String,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// A device of the container.
     #[error("{0}")]
     Device(String),

@@ -71,6 +71,12 @@ fn streams(request: (bool, bool, bool, bool)) -> Declared {
     }
 }
 
+/// Columns and rows of a terminal.
+fn console_size(width: u32, height: u32) -> (u16, u16) {
+    let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+    (size(width), size(height))
+}
+
 impl Containers {
     /// None yet. OOM events go to `events`.
     #[must_use]
@@ -131,8 +137,7 @@ impl Containers {
                 request.rootfs
             )));
         }
-        let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-        let terminal = (size(request.console_width), size(request.console_height));
+        let terminal = console_size(request.console_width, request.console_height);
         let rootfs = Path::new(SHARE_DIR).join(relative);
         let mut plan = spec::container(
             id,
@@ -140,6 +145,7 @@ impl Containers {
             rootfs,
             request.terminal.then_some(terminal),
         )?;
+        crate::memory::provide(&request.memory_volumes)?;
         crate::share::look_into(&plan.mounts);
         guest_devices::check(&mut plan, request.skip_missing_devices)?;
         guest_devices::add_block_devices(&mut plan, &request.block_devices).await?;
@@ -148,6 +154,7 @@ impl Containers {
         let pids = request.pid_namespace.enum_value_or_default();
         let holder = match pids {
             PidNamespace::PID_POD => Some(self.pod_pids.holder(&self.reaper)?),
+            PidNamespace::PID_CONTAINER => Some(self.get(&request.pid_namespace_of)?.handle()?),
             PidNamespace::PID_PRIVATE | PidNamespace::PID_GUEST => None,
         };
         let cgroup = Cgroup::create(id, &plan.resources)?;

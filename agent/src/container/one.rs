@@ -11,7 +11,7 @@ use oci_spec::runtime::LinuxResources;
 use sealpod_protocol::agent::ExecRequest;
 
 use super::process::{Making, Process};
-use super::{COUNT_MAX, ContainerError, SETTLE, lock, spec, streams};
+use super::{COUNT_MAX, ContainerError, SETTLE, console_size, lock, spec, streams};
 use crate::cgroup::oom::OomWatch;
 use crate::cgroup::{self, Cgroup};
 use crate::launch::{self, AgentChannel, JoinTarget, LaunchError};
@@ -58,6 +58,21 @@ impl Container {
         }
         let found = lock(&self.state).execs.get(exec_id).cloned().flatten();
         found.ok_or_else(|| ContainerError::NotFound(format!("process {exec_id}")))
+    }
+
+    /// A pidfd of its init, for a container that joins it.
+    ///
+    /// # Errors
+    /// [`ContainerError::State`] when it has ended.
+    pub(super) fn handle(&self) -> Result<OwnedFd, ContainerError> {
+        if self.init.exited().is_some() {
+            return Err(ContainerError::State(
+                "cannot join the PID namespace of a container that has stopped".into(),
+            ));
+        }
+        self.init_handle
+            .try_clone()
+            .map_err(ContainerError::Streams)
     }
 
     /// Lets its init execute its program.
@@ -120,7 +135,8 @@ impl Container {
         reaper: &Reaper,
         request: ExecRequest,
     ) -> Result<Process, ContainerError> {
-        let plan = spec::exec(&request.process, request.terminal.then_some((0, 0)))?;
+        let size = console_size(request.console_width, request.console_height);
+        let plan = spec::exec(&request.process, request.terminal.then_some(size))?;
         let declared = streams((
             request.terminal,
             request.stdin,

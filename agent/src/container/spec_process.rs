@@ -88,8 +88,18 @@ pub(super) fn process(
         scheduler: process.scheduler().as_ref().map(scheduler).transpose()?,
         personality: None,
         cpus: cpus.cloned(),
-        terminal,
+        terminal: terminal.map(|size| match size {
+            (0, 0) => console_size(process),
+            told => told,
+        }),
     })
+}
+
+/// Columns and rows that the specification gives the terminal; 0 where it gives none.
+fn console_size(process: &Process) -> (u16, u16) {
+    let number = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
+    let size = process.console_size();
+    size.map_or((0, 0), |s| (number(s.width()), number(s.height())))
 }
 
 fn strings(what: &'static str, list: &[String]) -> Result<Vec<CString>, SpecError> {

@@ -30,6 +30,7 @@ mod terminal;
 pub use channel::{Agent as AgentChannel, Report};
 pub use init::{PidNamespace, spawn as spawn_init};
 pub use join::{Target as JoinTarget, spawn as spawn_exec};
+pub(crate) use mounts::{ensure_folder, open_inside};
 pub use rootfs::STAGE;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

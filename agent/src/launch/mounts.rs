@@ -3,7 +3,6 @@
 //! lead a mount out of it.
 
 use std::ffi::CString;
-use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -11,6 +10,8 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
+
+use sealpod_protocol::MEMORY_DIR;
 
 use super::{LaunchError, Step, describe};
 use crate::container::plan::{ContainerPlan, MountKind, MountPlan};
@@ -27,10 +28,31 @@ pub(super) enum Kind {
 }
 
 /// Opens `path` inside `root` (O_PATH), symbolic links being followed inside it only.
-pub(super) fn open_inside(root: BorrowedFd<'_>, path: &Path) -> nix::Result<OwnedFd> {
+pub(crate) fn open_inside(root: BorrowedFd<'_>, path: &Path) -> nix::Result<OwnedFd> {
     let path = sys::c_string(path.as_os_str().as_bytes())?;
     let resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
     sys::openat2(root, &path, libc::O_PATH | libc::O_CLOEXEC, resolve)
+}
+
+/// Opens the folder `path` inside `root`, making it where it does not exist.
+pub(crate) fn ensure_folder(root: BorrowedFd<'_>, path: &Path) -> nix::Result<OwnedFd> {
+    ensure(root, path, Kind::Folder)
+}
+
+/// Opens what a bind mount shows. Containers write in volumes in memory: there, no link leads out.
+fn open_source(source: &Path) -> nix::Result<OwnedFd> {
+    let within = source.strip_prefix(MEMORY_DIR).ok();
+    let within = within.and_then(|rest| Some((rest, rest.components().next()?)));
+    let Some((rest, volume)) = within else {
+        return open_path(source);
+    };
+    let root = open_path(&Path::new(MEMORY_DIR).join(volume))?;
+    match rest.strip_prefix(volume) {
+        Ok(part) if !part.as_os_str().is_empty() => {
+            open_inside(root.as_fd(), &Path::new("/").join(part))
+        }
+        _ => Ok(root),
+    }
 }
 
 /// Opens `path` inside `root`, making it and the folders above it where they do not exist.
@@ -63,13 +85,13 @@ pub(super) fn add(root: BorrowedFd<'_>, plan: &MountPlan) -> Result<(), LaunchEr
     let (mount, kind) = match &plan.kind {
         MountKind::Bind { source, recursive } => {
             let what = || format!("failed to mount {source:?} to {destination}");
-            let kind = match fs::metadata(source).step(what)?.is_dir() {
+            let source = open_source(source).step(what)?;
+            let kind = match is_folder(&source).step(what)? {
                 true => Kind::Folder,
                 false => Kind::File,
             };
-            let path = sys::c_string(source.as_os_str().as_bytes()).step(what)?;
             (
-                sys::open_tree(AT_FDCWD, &path, *recursive).step(what)?,
+                sys::open_tree(source.as_fd(), c"", *recursive).step(what)?,
                 kind,
             )
         }
@@ -177,9 +199,7 @@ pub(super) fn protect(plan: &ContainerPlan) -> Result<(), LaunchError> {
             continue;
         };
         let what = || format!("failed to mask {path:?}");
-        let is_folder =
-            nix::sys::stat::fstat(&target).step(what)?.st_mode & libc::S_IFMT == libc::S_IFDIR;
-        let cover = if is_folder {
+        let cover = if is_folder(&target).step(what)? {
             // One each: a mount that is not attached cannot be copied before Linux 6.15.
             empty_folder()?
         } else {
@@ -213,6 +233,11 @@ fn null_device() -> nix::Result<OwnedFd> {
         return Err(Errno::ENODEV);
     }
     sys::open_tree(null.as_fd(), c"", false)
+}
+
+fn is_folder(fd: &OwnedFd) -> nix::Result<bool> {
+    let stat = nix::sys::stat::fstat(fd)?;
+    Ok(stat.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
 fn open_path(path: &Path) -> nix::Result<OwnedFd> {

@@ -7,6 +7,7 @@
 //! containerd ── exec ──▶ delete (cleans up by the ledger when serve has died)
 //! ```
 
+mod abandoned;
 mod args;
 mod delete;
 mod info;
@@ -92,7 +93,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     match args.action {
         Action::Version => print(format!("{}\n", info::version()).as_bytes()),
         Action::Info => print(&info::runtime_info()?),
-        Action::Start => print(&start::start(args)?),
+        Action::Start => start::start(args, print),
         Action::Delete => print(&delete::delete(args)?),
         Action::Serve => serve::serve(args),
     }

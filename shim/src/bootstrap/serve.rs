@@ -13,7 +13,7 @@ use std::{
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::r#async::{Server, transport::Listener};
 
-use super::{Args, Error, Place};
+use super::{Args, Error, Place, abandoned};
 use crate::{
     mount,
     pod::{Identity, Pod},
@@ -22,6 +22,8 @@ use crate::{
 
 /// Where `start` leaves the listening socket.
 pub(super) const LISTENER_FD: i32 = 3;
+/// Where it leaves what tells the end of its caller.
+pub(super) const CALLER_FD: i32 = 4;
 /// Threads that wait for blocking calls (mounts, name space changes); they end when idle.
 const BLOCKING_THREADS: usize = 8;
 /// For the reply to the request that ends this process.
@@ -29,21 +31,22 @@ const LAST_REPLY: std::time::Duration = std::time::Duration::from_millis(100);
 /// Stack of the runtime's threads, bytes. Small: the process is there once for each pod.
 const STACK: usize = 512 << 10;
 
+/// What `start` has left at `number`. To be called once for each, before anything is opened.
 #[expect(unsafe_code, reason = "takes over a descriptor by number")]
-fn inherited_listener() -> io::Result<UnixListener> {
+fn inherited(number: i32) -> io::Result<OwnedFd> {
     nix::fcntl::fcntl(
         // SAFETY: only borrowed for the check that the descriptor is open.
-        unsafe { std::os::fd::BorrowedFd::borrow_raw(LISTENER_FD) },
+        unsafe { std::os::fd::BorrowedFd::borrow_raw(number) },
         nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
     )?;
-    // SAFETY: `start` put the socket there, it is open (checked above) and nobody else in this process
-    // knows the number: this runs once, before anything is opened.
-    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
-    Ok(fd.into())
+    // SAFETY: `start` put it there, it is open (checked above) and nobody else in this process knows the
+    // number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 pub(super) fn serve(args: &Args) -> Result<(), Error> {
-    let listener = inherited_listener().map_err(Error::io("take over the shim's socket"))?;
+    let listener = inherited(LISTENER_FD).map_err(Error::io("take over the shim's socket"))?;
+    let caller = inherited(CALLER_FD).map_err(Error::io("take over the caller's handle"))?;
     init_log(args.debug);
     mount::private_namespace().map_err(Error::io("make mounts private"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -52,13 +55,13 @@ pub(super) fn serve(args: &Args) -> Result<(), Error> {
         .thread_stack_size(STACK)
         .build()
         .map_err(Error::io("start the runtime"))?;
-    let done = runtime.block_on(serve_pod(args, listener));
+    let done = runtime.block_on(serve_pod(args, listener.into(), caller));
     // What still runs on blocking threads has nothing left to say.
     runtime.shutdown_background();
     done
 }
 
-async fn serve_pod(args: &Args, listener: UnixListener) -> Result<(), Error> {
+async fn serve_pod(args: &Args, listener: UnixListener, caller: OwnedFd) -> Result<(), Error> {
     let events =
         std::env::var("TTRPC_ADDRESS").unwrap_or_else(|_| format!("{}.ttrpc", args.address));
     let place = Place::at(&args.pod_dir);
@@ -88,6 +91,7 @@ async fn serve_pod(args: &Args, listener: UnixListener) -> Result<(), Error> {
         doing: "serve".into(),
         source: io::Error::other(e),
     })?;
+    tokio::spawn(abandoned::end_if_abandoned(Arc::clone(&pod), caller));
     // A restart of containerd, or a terminal that goes, is no reason to end somebody's pod.
     for kind in [
         SignalKind::terminate(),

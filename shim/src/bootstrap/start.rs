@@ -12,12 +12,16 @@ use std::{
         },
     },
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
 };
 
 use command_fds::{CommandFdExt, FdMapping};
 
-use super::{Args, Error, Place, reply::Caller, serve::LISTENER_FD};
+use super::{
+    Args, Error, Place, abandoned,
+    reply::Caller,
+    serve::{CALLER_FD, LISTENER_FD},
+};
 use crate::{
     config, ledger,
     service::config_path,
@@ -27,8 +31,12 @@ use crate::{
 /// containerd 1.6 finds a shim again by this file in the bundle.
 const ADDRESS_FILE: &str = "address";
 
-/// Starts or joins; returns what to print.
-pub(super) fn start(args: &Args) -> Result<Vec<u8>, Error> {
+/// Starts or joins; `print` tells containerd where. A pod whose address nobody takes ends again.
+pub(super) fn start(
+    args: &Args,
+    print: impl FnOnce(&[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let watched = abandoned::caller().map_err(Error::io("watch the caller"))?;
     let caller = Caller::ask(&args.id).map_err(Error::io("read standard input"))?;
     let named = config_path(caller.options.as_ref()).map_err(|e| Error::Options(e.message))?;
     let config = config::load(named.as_deref().map(Path::new))?;
@@ -41,6 +49,12 @@ pub(super) fn start(args: &Args) -> Result<Vec<u8>, Error> {
         &pod,
     );
 
+    // Noted first: whoever cleans up finds the pod from the moment that it exists.
+    let note = || {
+        let noted = place.note_in(&bundle);
+        noted.map_err(Error::io("note the pod in the bundle"))
+    };
+    let mut serving = None;
     if matches!(role, Role::Member { .. }) {
         if !place.answers() {
             return Err(Error::NoPod {
@@ -49,22 +63,59 @@ pub(super) fn start(args: &Args) -> Result<Vec<u8>, Error> {
                 socket: place.socket(),
             });
         }
+        note()?;
     } else {
         prepare(&place, &pod)?;
-        if let Err(e) = spawn(args, &place, &bundle) {
-            let _ = ledger::remove_tree(place.dir());
-            return Err(e);
-        }
+        let folder = serving.insert(Serving::new(&place));
+        note()?;
+        folder.process = Some(spawn(args, &place, &bundle, watched)?);
     }
-    place
-        .note_in(&bundle)
-        .map_err(Error::io("note the pod in the bundle"))?;
     let address = place.address();
     write_address(&bundle, &address).map_err(Error::io("write the address into the bundle"))?;
-    caller.reply(&address).map_err(|e| Error::Io {
+    let reply = caller.reply(&address).map_err(|e| Error::Io {
         doing: "encode the reply".into(),
         source: io::Error::other(e),
-    })
+    })?;
+    print(&reply)?;
+    if let Some(serving) = serving {
+        serving.keep();
+    }
+    Ok(())
+}
+
+/// A pod's folder and serving process, taken away again unless they are kept.
+struct Serving<'a> {
+    place: &'a Place,
+    process: Option<Child>,
+    kept: bool,
+}
+
+impl<'a> Serving<'a> {
+    fn new(place: &'a Place) -> Self {
+        Self {
+            place,
+            process: None,
+            kept: false,
+        }
+    }
+
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        if let Some(process) = &mut self.process {
+            // It has been asked for nothing yet, so it has nothing that would outlive it.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        let _ = ledger::remove_tree(self.place.dir());
+    }
 }
 
 /// The container's role, and the id of its pod. A sandbox of the Sandbox API may have no specification.
@@ -115,7 +166,7 @@ fn prepare(place: &Place, pod: &str) -> Result<(), Error> {
 }
 
 /// Starts the serving process with a socket that already listens, so that nobody has to wait for it.
-fn spawn(args: &Args, place: &Place, bundle: &Path) -> Result<(), Error> {
+fn spawn(args: &Args, place: &Place, bundle: &Path, caller: OwnedFd) -> Result<Child, Error> {
     let doing = || Error::io("start the serving process");
     let listener =
         UnixListener::bind(place.socket()).map_err(Error::io("listen on the shim's socket"))?;
@@ -153,16 +204,16 @@ fn spawn(args: &Args, place: &Place, bundle: &Path) -> Result<(), Error> {
         .stdout(Stdio::null())
         .stderr(stderr)
         .process_group(0);
-    let fds = vec![FdMapping {
-        parent_fd: OwnedFd::from(listener),
-        child_fd: LISTENER_FD,
-    }];
+    let fd = |parent_fd, child_fd| FdMapping {
+        parent_fd,
+        child_fd,
+    };
+    let fds = vec![fd(listener.into(), LISTENER_FD), fd(caller, CALLER_FD)];
     command.fd_mappings(fds).map_err(|e| Error::Io {
         doing: "hand over the shim's socket".into(),
         source: io::Error::other(e),
     })?;
-    command.spawn().map_err(doing())?;
-    Ok(())
+    command.spawn().map_err(doing())
 }
 
 /// Written beside and renamed: containerd never reads half of it.

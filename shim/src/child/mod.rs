@@ -33,6 +33,7 @@ use crate::ledger::{EntryId, Ledger, LedgerError, Resource};
 
 pub use jail::Jail;
 pub use socket::connected;
+pub(crate) use spawner::watch as watch_pidfd;
 pub use tail::Tail;
 
 /// Lines and bytes kept of what a child writes.

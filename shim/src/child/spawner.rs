@@ -85,7 +85,7 @@ fn start_thread() -> mpsc::Sender<Job> {
 }
 
 /// Registers `pidfd`, which becomes readable when its process ends.
-pub(super) fn watch(pidfd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+pub(crate) fn watch(pidfd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
     // SAFETY: the `Arc` in the result keeps the one descriptor open, and gives out no other.
     let watched = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) };
     Ok(watched?)

@@ -1,13 +1,17 @@
 //! Building a container: its root and volumes on the host, its disks, then itself in the guest. A
 //! failure leaves nothing behind.
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use containerd_shim_protos::{api::Mount, events::task as ev};
 use oci_spec::runtime::Spec;
 use sealpod_protocol::agent;
 
-use super::{Container, Handle, process};
+use super::{Container, Handle, process, stand_in::StandIn};
 use crate::{
     attest::wanted::Wanted,
     error::{Error, Kind, Result},
@@ -18,7 +22,7 @@ use crate::{
     mount::{self, RootMount},
     owner::Owner,
     pod::Pod,
-    spec::{self, GuestSpec, PidNamespace},
+    spec::{self, Folder, GuestSpec, MemoryVolume, PidNamespace, Role},
 };
 
 /// What a client asks for.
@@ -35,24 +39,24 @@ pub struct Request {
 }
 
 /// Builds the container of `request` in `pod`, whose VM runs. `spec` is the bundle's. A sandbox
-/// container (`in_guest` false) gets no process.
+/// container gets no process.
 ///
 /// # Errors
 /// [`Error`] says what could not be made; what had been made is gone again.
-pub async fn create(
-    pod: &Arc<Pod>,
-    request: Request,
-    spec: Spec,
-    in_guest: bool,
-) -> Result<Handle> {
+pub async fn create(pod: &Arc<Pod>, request: Request, spec: Spec, role: Role) -> Result<Handle> {
     let refused = |e: &dyn std::error::Error| Error::chain(Kind::InvalidArgument, e);
     let mut spec = spec;
+    let in_guest = role != Role::Sandbox;
     let wanted = match in_guest {
         true => pod.wanted_devices(&mut spec)?,
         false => Vec::new(),
     };
     let hooks = Hooks::of(&spec, &request.id, &request.bundle).map_err(|e| refused(&e))?;
     let console = console_size(&spec);
+    let stand_in = match role {
+        Role::Member { .. } => Some(StandIn::new().map_err(|e| Error::chain(Kind::Unknown, &e))?),
+        Role::Single | Role::Sandbox => None,
+    };
     let mut container = Container {
         pod: Arc::clone(pod),
         id: request.id.clone(),
@@ -61,7 +65,10 @@ pub async fn create(
         init: process::Process::new(request.uris.clone(), Vec::new()),
         execs: HashMap::new(),
         paused: false,
+        alone: role == Role::Single,
+        stand_in,
         in_guest,
+        guest_pid: 0,
         disks: Vec::new(),
         volumes: Vec::new(),
     };
@@ -87,7 +94,10 @@ pub async fn create(
     }
     let event = container.created(&request);
     container.publish(Event::Create(event)).await;
-    let handle = Handle(Owner::spawn(container));
+    let handle = Handle {
+        pid: container.pid(),
+        owner: Owner::spawn(container),
+    };
     if in_guest {
         handle.watch(pod.guest()?, request.id, String::new(), drain);
     }
@@ -103,6 +113,7 @@ impl Container {
         host: HostEnds,
         (console_width, console_height): (u32, u32),
     ) -> Result<()> {
+        let (pid_namespace, pid_namespace_of) = self.pid_namespace(spec.pid_namespace)?;
         let admitted_devices = self.pod.admit(wanted).await?;
         self.mount_host_side(request, &spec).await?;
         let mut block_devices = Vec::new();
@@ -129,7 +140,9 @@ impl Container {
             stdin,
             stdout,
             stderr,
-            pid_namespace: pid_namespace(spec.pid_namespace).into(),
+            pid_namespace: pid_namespace.into(),
+            pid_namespace_of: pid_namespace_of.unwrap_or_default(),
+            memory_volumes: spec.memory.into_iter().map(memory_volume).collect(),
             block_devices,
             admitted_devices,
             skip_missing_devices: spec.skip_missing_devices,
@@ -139,17 +152,38 @@ impl Container {
         };
         guest::fits("The container's specification", &message)?;
         let guest = self.pod.guest()?;
-        guest
+        let made = guest
             .agent()
             .create_container(Guest::while_building(), &message)
             .await
             .map_err(create_failed)?;
+        self.guest_pid = made.pid;
         self.init.stdio = Some(process::attach(&guest, &self.id, "", host).await?);
         Ok(())
     }
 
+    /// What the agent is told of the PID namespace, and whose it is.
+    fn pid_namespace(&self, wanted: PidNamespace) -> Result<(agent::PidNamespace, Option<String>)> {
+        Ok(match wanted {
+            PidNamespace::Private => (agent::PidNamespace::PID_PRIVATE, None),
+            PidNamespace::Guest => (agent::PidNamespace::PID_GUEST, None),
+            PidNamespace::Of(pid) if !self.alone && pid == self.pod.vm_pid() => {
+                (agent::PidNamespace::PID_POD, None)
+            }
+            PidNamespace::Of(pid) => match self.pod.container_of(pid) {
+                Some(id) => (agent::PidNamespace::PID_CONTAINER, Some(id)),
+                None => {
+                    return Err(Error::invalid(format!(
+                        "The PID namespace of process {pid} cannot be joined: it is no container of pod {:?}",
+                        self.pod.id()
+                    )));
+                }
+            },
+        })
+    }
+
     async fn run_create_hooks(&self) -> Result<()> {
-        let done = self.hooks.run(Point::Create, self.pid()).await;
+        let done = self.hooks.run(Point::Create, self.pod.vm_pid()).await;
         done.map_err(|e| Error::chain(Kind::Unknown, &e))
     }
 
@@ -168,10 +202,11 @@ impl Container {
             .collect();
         let bundle_root = self.bundle_root(request)?;
         let volumes = spec.mounts.clone();
+        let stage = self.pod.volumes().root_stage(&self.id);
         let pod = Arc::clone(&self.pod);
         let work = move || {
             let mut held = Vec::new();
-            let done = mount::root(&layers, &bundle_root, &dir.join("rootfs"))
+            let done = mount::root(&layers, &bundle_root, &dir.join("rootfs"), &stage)
                 .and_then(|()| pod.volumes().hold(&volumes, &mut held));
             (done, held)
         };
@@ -216,11 +251,21 @@ impl Container {
     }
 }
 
-fn pid_namespace(kind: PidNamespace) -> agent::PidNamespace {
-    match kind {
-        PidNamespace::Private => agent::PidNamespace::PID_PRIVATE,
-        PidNamespace::Pod => agent::PidNamespace::PID_POD,
-        PidNamespace::Guest => agent::PidNamespace::PID_GUEST,
+fn memory_volume(volume: MemoryVolume) -> agent::MemoryVolume {
+    let folder = |path: &Path, folder: Folder| agent::MemoryFolder {
+        path: path.to_string_lossy().into_owned(),
+        mode: folder.mode,
+        uid: folder.uid,
+        gid: folder.gid,
+        ..Default::default()
+    };
+    let part = volume.part.map(|(path, part)| folder(&path, part));
+    agent::MemoryVolume {
+        name: volume.name,
+        bytes: volume.bytes,
+        root: Some(folder(Path::new(""), volume.root)).into(),
+        part: part.into(),
+        ..Default::default()
     }
 }
 

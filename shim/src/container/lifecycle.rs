@@ -3,7 +3,7 @@
 use containerd_shim_protos::events::task as ev;
 use sealpod_protocol::agent;
 
-use super::{Container, Exit, Handle, Phase, killed_with_vm, process};
+use super::{Container, Exit, Handle, Phase, process};
 use crate::{
     clock,
     error::{Error, Kind, Result},
@@ -23,7 +23,7 @@ impl Handle {
     /// A second start; what the guest says of a program that cannot run.
     pub async fn start(&self, exec_id: String) -> Result<u32> {
         let handle = self.clone();
-        self.0
+        self.owner
             .call(|c| {
                 Box::pin(async move {
                     if exec_id.is_empty() {
@@ -41,7 +41,7 @@ impl Handle {
     /// # Errors
     /// Not found where the process has ended.
     pub async fn kill(&self, exec_id: String, signal: u32, all: bool) -> Result<()> {
-        self.0
+        self.owner
             .call(move |c| Box::pin(async move { c.kill(&exec_id, signal, all).await }))
             .await?
     }
@@ -51,7 +51,7 @@ impl Handle {
     /// # Errors
     /// A container that does not run.
     pub async fn set_paused(&self, paused: bool) -> Result<()> {
-        self.0
+        self.owner
             .call(move |c| Box::pin(async move { c.set_paused(paused).await }))
             .await?
     }
@@ -61,7 +61,7 @@ impl Handle {
     /// # Errors
     /// What the guest refuses.
     pub async fn update(&self, resources: Vec<u8>) -> Result<()> {
-        self.0
+        self.owner
             .call(move |c| Box::pin(async move { c.update(resources).await }))
             .await?
     }
@@ -71,7 +71,7 @@ impl Handle {
     /// # Errors
     /// A process that runs.
     pub async fn delete(&self, exec_id: String) -> Result<(Exit, u32)> {
-        self.0
+        self.owner
             .call(move |c| {
                 Box::pin(async move {
                     if exec_id.is_empty() {
@@ -82,44 +82,6 @@ impl Handle {
                 })
             })
             .await?
-    }
-
-    /// See [`crate::pod::Pod`]: the VM has ended, and every process with it.
-    pub async fn vm_ended(&self) {
-        let done = self
-            .0
-            .call(|c| Box::pin(async move { c.vm_ended().await }))
-            .await;
-        if let Err(e) = done {
-            tracing::error!("{e}");
-        }
-    }
-
-    /// Waits in the background for the end of a process in the guest, and tells it.
-    pub(super) fn watch(&self, guest: Guest, id: String, exec_id: String, drain: io::Drain) {
-        let handle = self.clone();
-        tokio::spawn(async move {
-            let request = Guest::process(&id, &exec_id);
-            let exit = match guest.agent().wait(Guest::whenever(), &request).await {
-                Ok(w) => {
-                    drain.wait(w.stdout_bytes, w.stderr_bytes).await;
-                    Exit {
-                        status: w.exit_status,
-                        at_ns: w.exited_at_unix_ns,
-                    }
-                }
-                Err(e) => {
-                    tracing::warn!(id, exec_id, "Exit not told by the guest: {e}");
-                    killed_with_vm()
-                }
-            };
-            let told = handle
-                .0
-                .call(move |c| Box::pin(async move { c.exited(&exec_id, exit).await }));
-            if let Err(e) = told.await {
-                tracing::error!("{e}");
-            }
-        });
     }
 }
 
@@ -148,7 +110,7 @@ impl Container {
         };
         self.publish(Event::Start(event)).await;
         // Create hooks may refuse; after the start nothing can.
-        let _ = self.hooks.run(Point::Poststart, self.pid()).await;
+        let _ = self.hooks.run(Point::Poststart, self.pod.vm_pid()).await;
         Ok(self.pid())
     }
 
@@ -173,6 +135,7 @@ impl Container {
             let host = io::open(&process.uris, &namespace, &id).await;
             let host = host.map_err(|e| Error::chain(Kind::InvalidArgument, &e))?;
             let (stdin, stdout, stderr) = host.wanted();
+            let (console_width, console_height) = process.console;
             let request = agent::ExecRequest {
                 container_id: id.clone(),
                 exec_id: exec_id.clone(),
@@ -181,6 +144,8 @@ impl Container {
                 stdin,
                 stdout,
                 stderr,
+                console_width,
+                console_height,
                 ..Default::default()
             };
             guest::fits("The process to execute", &request)?;
@@ -372,7 +337,7 @@ impl Container {
         let pid = self.pid();
         self.pod.forget(&self.id);
         // Poststop hooks are logged, not refused.
-        let _ = self.hooks.run(Point::Poststop, pid).await;
+        let _ = self.hooks.run(Point::Poststop, self.pod.vm_pid()).await;
         let event = ev::TaskDelete {
             container_id: self.id.clone(),
             pid,
@@ -382,19 +347,6 @@ impl Container {
         };
         self.publish(Event::Delete(event)).await;
         Ok((exit, pid))
-    }
-
-    async fn vm_ended(&mut self) {
-        let running: Vec<String> = self
-            .execs
-            .iter()
-            .filter(|(_, p)| p.phase == Phase::Running)
-            .map(|(id, _)| id.clone())
-            .collect();
-        for exec_id in running {
-            self.exited(&exec_id, killed_with_vm()).await;
-        }
-        self.exited("", killed_with_vm()).await;
     }
 }
 

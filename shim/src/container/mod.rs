@@ -5,9 +5,11 @@
 //! told, and it ends when it is killed or when the VM does.
 
 mod create;
+mod exits;
 mod lifecycle;
 mod process;
 mod query;
+mod stand_in;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
@@ -26,6 +28,7 @@ use process::Process;
 pub use process::{Exit, Phase};
 pub(crate) use query::metrics_any;
 pub use query::{Snapshot, Status};
+use stand_in::StandIn;
 
 /// See the module.
 #[derive(Debug)]
@@ -37,8 +40,13 @@ pub struct Container {
     init: Process,
     execs: HashMap<String, Process>,
     paused: bool,
+    /// Is a pod by itself: with it ends the VM.
+    alone: bool,
+    stand_in: Option<StandIn>,
     /// Has a process in the guest.
     in_guest: bool,
+    /// Pid of that process in the guest.
+    guest_pid: u32,
     /// Serials of the disks that were attached for it.
     disks: Vec<String>,
     /// Names of the pod's volumes that it uses.
@@ -47,7 +55,10 @@ pub struct Container {
 
 /// Sends requests to a container.
 #[derive(Debug, Clone)]
-pub struct Handle(Owner<Container>);
+pub struct Handle {
+    pid: u32,
+    owner: Owner<Container>,
+}
 
 impl Container {
     /// The process `exec_id`, or init where it is empty.
@@ -73,58 +84,32 @@ impl Container {
         }
     }
 
+    /// The task's pid on the host: the VM's process for a pod and for one that is a container, a stand-in's
+    /// for the other containers.
     fn pid(&self) -> u32 {
-        self.pod.vm_pid()
+        self.stand_in
+            .as_ref()
+            .map_or_else(|| self.pod.vm_pid(), |s| s.pid)
     }
 
     async fn publish(&self, event: Event) {
         self.pod.publisher().publish(event).await;
     }
-
-    /// Records that a process has ended, and tells it once. For init, everything else in the container
-    /// has ended too.
-    async fn exited(&mut self, exec_id: &str, exit: Exit) {
-        let pid = self.pid();
-        let Ok(process) = self.process(exec_id) else {
-            return;
-        };
-        if !process.stop(exit) {
-            return;
-        }
-        if exec_id.is_empty() {
-            self.paused = false;
-        }
-        let event = ev::TaskExit {
-            container_id: self.id.clone(),
-            id: if exec_id.is_empty() {
-                self.id.clone()
-            } else {
-                exec_id.into()
-            },
-            pid,
-            exit_status: exit.status,
-            exited_at: Some(crate::clock::timestamp(exit.at_ns)).into(),
-            ..Default::default()
-        };
-        self.publish(Event::Exit(event)).await;
-    }
-}
-
-/// Reports an exit that the guest can no longer tell: SIGKILL's.
-fn killed_with_vm() -> Exit {
-    Exit {
-        status: 128 + 9,
-        at_ns: crate::clock::unix_ns(),
-    }
 }
 
 impl Handle {
+    /// The task's pid on the host.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Adds an exec; it runs from [`Handle::start`] on.
     ///
     /// # Errors
     /// An id that is taken or malformed, a stopped container.
     pub async fn exec(&self, exec_id: String, uris: Uris, spec: Vec<u8>) -> Result<()> {
-        self.0
+        self.owner
             .call(move |c| {
                 Box::pin(async move {
                     let event = c.add_exec(exec_id, uris, spec)?;

@@ -43,6 +43,8 @@ pub(super) struct Process {
     pub(super) stdio: Option<Stdio>,
     /// OCI process, until an exec is started.
     pub(super) spec: Vec<u8>,
+    /// Width and height of its terminal, as far as a client has said.
+    pub(super) console: (u32, u32),
     exit: watch::Sender<Option<Exit>>,
 }
 
@@ -53,6 +55,7 @@ impl Process {
             phase: Phase::Created,
             stdio: None,
             spec,
+            console: (0, 0),
             exit: watch::Sender::new(None),
         }
     }

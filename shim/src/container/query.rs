@@ -29,7 +29,7 @@ pub enum Status {
 pub struct Snapshot {
     /// State.
     pub status: Status,
-    /// The task's pid on the host: the VM's process.
+    /// The task's pid on the host.
     pub pid: u32,
     /// Its container's bundle.
     pub bundle: String,
@@ -81,7 +81,7 @@ impl Handle {
     /// # Errors
     /// An exec that is not known.
     pub async fn state(&self, exec_id: String) -> Result<Snapshot> {
-        self.0
+        self.owner
             .call(move |c| Box::pin(async move { c.snapshot(&exec_id) }))
             .await?
     }
@@ -92,7 +92,7 @@ impl Handle {
     /// An exec that is not known, or was deleted meanwhile.
     pub async fn wait(&self, exec_id: String) -> Result<Exit> {
         let exited = self
-            .0
+            .owner
             .call(move |c| Box::pin(async move { c.process(&exec_id).map(|p| p.exited()) }));
         let mut exited = exited.await??;
         let exit = exited.wait_for(Option::is_some).await;
@@ -100,13 +100,14 @@ impl Handle {
         exit.ok_or_else(|| Error::not_found("the process was deleted"))
     }
 
-    /// Processes in the guest: pid there, and the exec id where it is one that was asked for. The
-    /// sandbox container has one that is only told.
+    /// Its processes, init first: the task's pid for init, by which clients know it, the pid in the guest
+    /// for the others, with the exec id where it is one that was asked for. The sandbox container has one
+    /// that is only told.
     ///
     /// # Errors
     /// A container that does not run.
     pub async fn pids(&self) -> Result<Vec<(u32, String)>> {
-        self.0
+        self.owner
             .call(|c| {
                 Box::pin(async move {
                     if !c.in_guest {
@@ -121,11 +122,12 @@ impl Handle {
                         .pids(Guest::soon(), &Guest::container(&c.id))
                         .await;
                     let reply = reply.map_err(Error::from)?;
-                    Ok(reply
-                        .processes
-                        .into_iter()
+                    let all = reply.processes.into_iter();
+                    let (init, others): (Vec<_>, Vec<_>) = all
                         .map(|p| (p.pid, p.exec_id))
-                        .collect())
+                        .partition(|(pid, _)| *pid == c.guest_pid);
+                    let init = init.into_iter().map(|(_, exec_id)| (c.pid(), exec_id));
+                    Ok(init.chain(others).collect())
                 })
             })
             .await?
@@ -136,7 +138,7 @@ impl Handle {
     /// # Errors
     /// A container that does not run.
     pub async fn stats(&self) -> Result<Any> {
-        self.0
+        self.owner
             .call(|c| {
                 Box::pin(async move {
                     if matches!(c.init.phase, Phase::Stopped(_)) {
@@ -149,19 +151,20 @@ impl Handle {
             .await?
     }
 
-    /// Size of the terminal in characters.
+    /// Size of the terminal in characters. Nothing changes where there is none, as with containerd's own
+    /// shim; an exec that is not started yet gets it at its start.
     ///
     /// # Errors
-    /// A process that does not run, or has no terminal.
+    /// An exec that is not known.
     pub async fn resize(&self, exec_id: String, width: u32, height: u32) -> Result<()> {
-        self.0
+        self.owner
             .call(move |c| {
                 Box::pin(async move {
                     let process = c.process(&exec_id)?;
-                    if !process.uris.terminal {
-                        return Err(Error::precondition("the process has no terminal"));
-                    }
-                    if matches!(process.phase, Phase::Stopped(_)) || !c.in_guest {
+                    process.console = (width, height);
+                    let waits = process.phase == Phase::Created && !exec_id.is_empty();
+                    let ended = matches!(process.phase, Phase::Stopped(_));
+                    if !process.uris.terminal || waits || ended || !c.in_guest {
                         return Ok(());
                     }
                     let request = agent::ResizePtyRequest {
@@ -188,7 +191,7 @@ impl Handle {
     /// # Errors
     /// An exec that is not known.
     pub async fn close_stdin(&self, exec_id: String) -> Result<()> {
-        self.0
+        self.owner
             .call(move |c| {
                 Box::pin(async move {
                     if let Some(stdio) = &mut c.process(&exec_id)?.stdio {

@@ -3,6 +3,7 @@
 //!
 //! Source: mount(2), mount_setattr(2), containerd's mount options.
 
+mod bind;
 mod options;
 
 use std::{
@@ -17,7 +18,8 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-use crate::spec::{HostMount, HostSource};
+use crate::spec::{HostMount, HostSource, ReadOnly};
+use bind::{Bind, create_place};
 use options::parse_options;
 
 /// mount(2) takes one page of options.
@@ -90,18 +92,29 @@ pub fn private_namespace() -> io::Result<()> {
 }
 
 /// Mounts a container's root on `target`: `layers` in order, or a bind of `bundle_root` when there are
-/// none.
+/// none. `stage` is a place outside the share.
 ///
 /// # Errors
 /// [`Error`] names what was mounted where; nothing stays mounted.
-pub fn root(layers: &[RootMount], bundle_root: &Path, target: &Path) -> Result<(), Error> {
+pub fn root(
+    layers: &[RootMount],
+    bundle_root: &Path,
+    target: &Path,
+    stage: &Path,
+) -> Result<(), Error> {
     create_dir(target)?;
     if layers.is_empty() {
-        return bind(bundle_root, target, true, false);
+        let bundle = Bind {
+            source: bundle_root,
+            recursive: true,
+            private: false,
+            readonly: ReadOnly::No,
+        };
+        return bundle.place(stage, target);
     }
     let done = layers.iter().try_for_each(|layer| {
         let at = target.join(layer.target.trim_start_matches('/'));
-        filesystem(&layer.fstype, &layer.source, &layer.options, &at)
+        filesystem(&layer.fstype, &layer.source, &layer.options, &at, stage)
     });
     if done.is_err() {
         let _ = detach(target);
@@ -109,28 +122,30 @@ pub fn root(layers: &[RootMount], bundle_root: &Path, target: &Path) -> Result<(
     done
 }
 
-/// Mounts one volume of a container on `dir/name`.
+/// Mounts one volume of a container on `dir/name`. `stages` is a folder outside the share, for what is
+/// not to be seen there half made.
 ///
 /// # Errors
 /// [`Error`].
-pub fn volume(volume: &HostMount, dir: &Path) -> Result<(), Error> {
+pub fn volume(volume: &HostMount, dir: &Path, stages: &Path) -> Result<(), Error> {
     create_dir(dir)?;
     let target = dir.join(&volume.name);
+    let stage = stages.join(&volume.name);
     match &volume.source {
         HostSource::Bind {
             path,
             is_dir,
             recursive,
+            private,
         } => {
-            if *is_dir {
-                create_dir(&target)?;
-            } else {
-                fs::File::create(&target).map_err(|source| Error::Create {
-                    path: target.clone(),
-                    source,
-                })?;
-            }
-            bind(path, &target, *recursive, volume.readonly)
+            create_place(&target, *is_dir)?;
+            let bound = Bind {
+                source: path,
+                recursive: *recursive,
+                private: *private,
+                readonly: volume.readonly,
+            };
+            bound.place(&stage, &target)
         }
         HostSource::Filesystem {
             fstype,
@@ -138,7 +153,7 @@ pub fn volume(volume: &HostMount, dir: &Path) -> Result<(), Error> {
             options,
         } => {
             create_dir(&target)?;
-            filesystem(fstype, source, options, &target)
+            filesystem(fstype, source, options, &target, &stage)
         }
     }
 }
@@ -152,14 +167,7 @@ pub fn detach(target: &Path) -> Result<(), Error> {
         target: target.into(),
         source,
     };
-    let table = fs::read_to_string("/proc/thread-self/mountinfo").map_err(failed)?;
-    let below = |line: &str| -> Option<PathBuf> {
-        let path = unescape(line.split(' ').nth(4)?);
-        path.starts_with(target).then_some(path)
-    };
-    let mut points: Vec<PathBuf> = table.lines().filter_map(below).collect();
-    points.reverse();
-    for point in points {
+    for point in points(target).map_err(failed)?.into_iter().rev() {
         match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
             Err(e) => return Err(failed(e.into())),
@@ -168,8 +176,18 @@ pub fn detach(target: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// Mount points at and below `target`, in the order in which they were made.
+fn points(target: &Path) -> io::Result<Vec<PathBuf>> {
+    let table = fs::read_to_string("/proc/thread-self/mountinfo")?;
+    let below = |line: &str| -> Option<PathBuf> {
+        let path = unescape(line.split(' ').nth(4)?);
+        path.starts_with(target).then_some(path)
+    };
+    Ok(table.lines().filter_map(below).collect())
+}
+
 /// `\040` and friends of mountinfo.
-fn unescape(field: &str) -> PathBuf {
+pub(crate) fn unescape(field: &str) -> PathBuf {
     let mut out = String::new();
     let mut rest = field;
     while let Some(at) = rest.find('\\') {
@@ -203,35 +221,26 @@ fn create_dir(path: &Path) -> Result<(), Error> {
     })
 }
 
-fn bind(source: &Path, target: &Path, recursive: bool, readonly: bool) -> Result<(), Error> {
-    let recurse = if recursive {
-        MsFlags::MS_REC
-    } else {
-        MsFlags::empty()
-    };
-    let source = source.to_string_lossy();
-    raw("bind", &source, target, MsFlags::MS_BIND | recurse, "")?;
-    if readonly {
-        // Fails where the source carries locked flags (nosuid, …); keep those then.
-        let kept = nix::sys::statvfs::statvfs(target).map_or(MsFlags::empty(), |s| {
-            MsFlags::from_bits_truncate(s.flags().bits()) & MsFlags::from_bits_truncate(0xf | 0x400)
-        });
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | kept;
-        raw("bind", &source, target, flags, "")?;
-    }
-    Ok(())
-}
-
-fn filesystem(fstype: &str, source: &str, options: &[String], target: &Path) -> Result<(), Error> {
+fn filesystem(
+    fstype: &str,
+    source: &str,
+    options: &[String],
+    target: &Path,
+    stage: &Path,
+) -> Result<(), Error> {
     let (flags, propagation, data) = parse_options(options);
     if fstype == "bind" || fstype == "rbind" || flags.contains(MsFlags::MS_BIND) {
         let recursive = fstype == "rbind" || flags.contains(MsFlags::MS_REC);
-        bind(
-            Path::new(source),
-            target,
+        let layer = Bind {
+            source: Path::new(source),
             recursive,
-            flags.contains(MsFlags::MS_RDONLY),
-        )?;
+            private: false,
+            readonly: match flags.contains(MsFlags::MS_RDONLY) {
+                true => ReadOnly::Top,
+                false => ReadOnly::No,
+            },
+        };
+        layer.place(stage, target)?;
     } else if fstype == "overlay" && data.len() > OPTIONS_MAX {
         overlay_relative(source, &data, flags, target)?;
     } else if data.len() > OPTIONS_MAX {
@@ -305,89 +314,4 @@ fn raw(fstype: &str, source: &str, target: &Path, flags: MsFlags, data: &str) ->
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mountinfo_paths_are_unescaped() {
-        assert_eq!(unescape("/a\\040b\\134c"), PathBuf::from("/a b\\c"));
-        assert_eq!(unescape("/a\\x"), PathBuf::from("/a\\x"));
-    }
-
-    /// Runs in a thread with a mount namespace of its own.
-    fn isolated(test: impl FnOnce() + Send + 'static) {
-        let run = move || {
-            if let Err(e) = unshare(CloneFlags::CLONE_FS)
-                .map_err(io::Error::from)
-                .and_then(|()| private_namespace())
-            {
-                eprintln!("SKIPPED: mounts need root: {e}");
-                return;
-            }
-            test();
-        };
-        thread::spawn(run).join().expect("test thread");
-    }
-
-    #[test]
-    fn an_overlay_of_a_hundred_long_layers_is_mounted_and_detached() {
-        isolated(|| {
-            let dir = tempfile::tempdir().expect("tempdir");
-            // overlayfs needs an upper directory that is not an overlay itself.
-            mount(
-                Some("t"),
-                dir.path(),
-                Some("tmpfs"),
-                MsFlags::empty(),
-                None::<&str>,
-            )
-            .expect("tmpfs");
-            let base = dir
-                .path()
-                .join("snapshots-of-a-folder-with-a-long-name-to-fill-the-page");
-            let lower: Vec<String> = (0..100)
-                .map(|i| {
-                    let d = base.join(format!("{i}/fs"));
-                    fs::create_dir_all(&d).expect("layer");
-                    fs::write(d.join(format!("f{i}")), "x").expect("file");
-                    d.to_string_lossy().into_owned()
-                })
-                .collect();
-            let target = dir.path().join("root");
-            let layer = RootMount {
-                fstype: "overlay".into(),
-                source: "overlay".into(),
-                options: vec![format!("lowerdir={}", lower.join(":"))],
-                ..Default::default()
-            };
-            assert!(layer.options[0].len() > OPTIONS_MAX);
-            root(&[layer], Path::new("/none"), &target).expect("root");
-            assert!(target.join("f0").exists() && target.join("f99").exists());
-            detach(&target).expect("detach");
-            assert!(!target.join("f0").exists());
-        });
-    }
-
-    #[test]
-    fn a_read_only_volume_of_one_file_cannot_be_written() {
-        isolated(|| {
-            let dir = tempfile::tempdir().expect("tempdir");
-            let file = dir.path().join("f");
-            fs::write(&file, "x").expect("file");
-            let v = HostMount {
-                name: "0".into(),
-                source: HostSource::Bind {
-                    path: file,
-                    is_dir: false,
-                    recursive: true,
-                },
-                readonly: true,
-            };
-            let at = dir.path().join("mounts");
-            volume(&v, &at).expect("volume");
-            let e = fs::write(at.join("0"), "y").expect_err("read-only");
-            assert_eq!(e.raw_os_error(), Some(nix::libc::EROFS));
-            detach(dir.path()).expect("detach");
-        });
-    }
-}
+mod tests;

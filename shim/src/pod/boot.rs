@@ -335,7 +335,7 @@ async fn set_up(
         share: true,
         network: Some(network.to_proto()).into(),
         sysctls: sysctls.unwrap_or_default(),
-        shm_bytes: SHM_BYTES,
+        shm_bytes: spec.and_then(spec::pod_shm_bytes).unwrap_or(SHM_BYTES),
         init_data: attested.init_data.clone(),
         pod_uid: attested.pod_uid.clone(),
         ..Default::default()

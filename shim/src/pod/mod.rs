@@ -74,6 +74,8 @@ pub struct Pod {
     volumes: Volumes,
     view: Mutex<View>,
     machine: Owner<Machine>,
+    /// A container or sandbox was asked for.
+    asked: watch::Sender<bool>,
     /// Set when the VM has started.
     attested: OnceLock<gate::Attested>,
     /// Told when a container has been made, or could not be.
@@ -84,6 +86,9 @@ pub struct Pod {
     finished: watch::Sender<bool>,
     timeline: Timeline,
 }
+
+/// Of a pod's folder: what is being mounted and not in the share yet.
+const STAGES_DIR: &str = "stages";
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing that is done under these locks can leave them half changed.
@@ -111,7 +116,8 @@ impl Pod {
         })?;
         ledger.started(shim, std::process::id())?;
         let share = identity.place.dir().join(virtiofs::SHARE_DIR);
-        let volumes = Volumes::new(share.join(spec::VOLUMES_DIR));
+        let stages = identity.place.dir().join(STAGES_DIR);
+        let volumes = Volumes::new(share.join(spec::VOLUMES_DIR), stages);
         Ok(Arc::new(Self {
             publisher: Publisher::new(events, &identity.namespace),
             timeline: Timeline::new(identity.place.dir()),
@@ -121,6 +127,7 @@ impl Pod {
             volumes,
             view: Mutex::default(),
             machine: Owner::spawn(Machine::new(ledger)),
+            asked: watch::Sender::new(false),
             attested: OnceLock::new(),
             made: watch::Sender::new(()),
             ended: watch::Sender::new(None),
@@ -211,6 +218,12 @@ impl Pod {
         }
     }
 
+    /// [`Pod::stop_vm`], not waited for.
+    pub(crate) fn stop_vm_soon(self: &Arc<Self>) {
+        let pod = Arc::clone(self);
+        tokio::spawn(async move { pod.stop_vm().await });
+    }
+
     /// Returns when the VM has ended.
     pub async fn wait_vm(&self) -> Exit {
         let mut ended = self.ended.subscribe();
@@ -232,6 +245,18 @@ impl Pod {
         self.stop_vm().await;
         self.wait_vm().await;
         self.finished.send_replace(true);
+    }
+
+    /// Returns when a first container or a sandbox has been asked for.
+    pub(crate) async fn asked(&self) {
+        let mut asked = self.asked.subscribe();
+        // `self` holds the sender.
+        let _ = asked.wait_for(|a| *a).await;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn has_finished(&self) -> bool {
+        *self.finished.borrow()
     }
 
     /// Returns when [`Pod::shutdown`] has ended the pod.

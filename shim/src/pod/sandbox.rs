@@ -63,6 +63,7 @@ impl Pod {
             ));
         }
         *sandbox = Some(request);
+        self.asked.send_replace(true);
         Ok(())
     }
 

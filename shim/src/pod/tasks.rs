@@ -39,6 +39,25 @@ impl Pod {
         lock(&self.containers).contains_key(id)
     }
 
+    /// Pid of the task `id` on the host; the VM's while it is being made, 0 where there is none.
+    #[must_use]
+    pub fn task_pid(&self, id: &str) -> u32 {
+        match lock(&self.containers).get(id) {
+            Some(Some(handle)) => handle.pid(),
+            Some(None) => self.vm_pid(),
+            None => 0,
+        }
+    }
+
+    /// The container whose task has this pid.
+    #[must_use]
+    pub(crate) fn container_of(&self, pid: u32) -> Option<String> {
+        let containers = lock(&self.containers);
+        let mut made = containers.iter();
+        let found = made.find(|(_, handle)| handle.as_ref().is_some_and(|h| h.pid() == pid));
+        found.map(|(id, _)| id.clone())
+    }
+
     /// The part of the pod's share that belongs to the container `id`.
     #[must_use]
     pub fn container_dir(&self, id: &str) -> PathBuf {
@@ -71,6 +90,7 @@ impl Pod {
             }
             containers.insert(id.clone(), None);
         }
+        self.asked.send_replace(true);
         // A task of its own: a client that goes away (containerd restarts) drops the request, and a
         // container must be made or not made, never forgotten half way.
         let pod = Arc::clone(self);
@@ -87,9 +107,10 @@ impl Pod {
     ) -> Result<u32> {
         match self.create_reserved(request, config).await {
             Ok(handle) => {
+                let pid = handle.pid();
                 lock(&self.containers).insert(id, Some(handle));
                 self.made.send_replace(());
-                Ok(self.vm_pid())
+                Ok(pid)
             }
             Err(e) => {
                 self.forget(&id);
@@ -139,7 +160,7 @@ impl Pod {
             };
             self.boot(boot).await?;
         }
-        create(self, request, spec, role != Role::Sandbox).await
+        create(self, request, spec, role).await
     }
 
     /// What can be refused before anything is taken. Returns whether the VM can be asked for more than it
@@ -173,13 +194,20 @@ impl Pod {
         disks: &[String],
         volumes: &[String],
     ) {
-        if let Ok(guest) = self.guest()
-            && let Err(e) = guest
+        if let Ok(guest) = self.guest() {
+            let request = Guest::container(id);
+            let removed = guest
                 .agent()
-                .delete_container(Guest::soon(), &Guest::container(id))
-                .await
-        {
-            tracing::warn!(id, "Container not removed in the guest: {e}");
+                .delete_container(Guest::soon(), &request)
+                .await;
+            match removed.map_err(Error::from) {
+                // The VM ends, and the container with it.
+                Err(e) if e.kind == Kind::Unavailable => {
+                    tracing::debug!(id, "Container not removed in the guest: {e}");
+                }
+                Err(e) => tracing::warn!(id, "Container not removed in the guest: {e}"),
+                Ok(_) => {}
+            }
         }
         let disks = disks.to_vec();
         let detached = self

@@ -16,16 +16,24 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Volumes {
     dir: PathBuf,
+    /// Outside the share.
+    stages: PathBuf,
     /// Users of each volume, by its name.
     users: Mutex<HashMap<String, u32>>,
 }
 
 impl Volumes {
-    pub(super) fn new(dir: PathBuf) -> Self {
+    pub(super) fn new(dir: PathBuf, stages: PathBuf) -> Self {
         Self {
             dir,
+            stages,
             users: Mutex::default(),
         }
+    }
+
+    /// A place outside the share for the root of the container `id`.
+    pub(crate) fn root_stage(&self, id: &str) -> PathBuf {
+        self.stages.join(format!("root-{id}"))
     }
 
     /// Mounts what is not mounted yet, for one more user. Each name that it got to is added to `held`,
@@ -37,7 +45,7 @@ impl Volumes {
             *count += 1;
             held.push(volume.name.clone());
             if *count == 1 {
-                mount::volume(volume, &self.dir)?;
+                mount::volume(volume, &self.dir, &self.stages)?;
             }
         }
         Ok(())

@@ -221,11 +221,7 @@ impl Task for TaskService {
 
     async fn connect(&self, _: &TtrpcContext, r: ConnectRequest) -> Result<ConnectResponse> {
         // containerd asks before the first task is there, too: then there is no VM yet.
-        let task_pid = if self.pod.has(&r.id) {
-            self.pod.vm_pid()
-        } else {
-            0
-        };
+        let task_pid = self.pod.task_pid(&r.id);
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,

@@ -4,6 +4,7 @@
 //! Source: OCI runtime specification 1.2, containerd's CRI annotations.
 
 mod devices;
+mod memory;
 mod mounts;
 mod translate;
 
@@ -17,7 +18,8 @@ use std::{
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 pub use devices::BlockDevice;
-pub use mounts::{HostMount, HostSource, VOLUMES_DIR};
+pub use memory::{Folder, MemoryVolume};
+pub use mounts::{HostMount, HostSource, ReadOnly, VOLUMES_DIR, pod_shm_bytes};
 pub use translate::{GuestSpec, PidNamespace, translate};
 
 /// Largest `config.json` that is read. What reaches the guest is bounded by [`translate::SPEC_MAX`].

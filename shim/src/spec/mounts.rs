@@ -1,7 +1,8 @@
 //! Which mounts of a specification need something of the host, and where the guest finds it.
 //!
 //! A bind mount's source is bound below the pod's share; the guest's own file systems (proc, sysfs,
-//! tmpfs, …) are mounted by the guest; anything else is mounted on the host and shared.
+//! tmpfs, …) and volumes in memory are mounted by the guest; anything else is mounted on the host and
+//! shared.
 
 use std::{
     fs,
@@ -10,11 +11,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::sys::statfs;
+use nix::sys::{statfs, statvfs::statvfs};
 use oci_spec::runtime::{Mount, Spec};
 use sealpod_protocol::{SANDBOX_SHM_DIR, SHARE_DIR};
 
-use super::Error;
+use super::{
+    Error,
+    memory::{self, MemoryVolume},
+};
 
 /// File systems that the guest makes itself.
 const GUEST_TYPES: [&str; 12] = [
@@ -41,7 +45,18 @@ pub struct HostMount {
     /// What.
     pub source: HostSource,
     /// Whether the host may not write through it either.
-    pub readonly: bool,
+    pub readonly: ReadOnly,
+}
+
+/// How much of a volume cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ReadOnly {
+    /// Nothing.
+    No,
+    /// What is on the volume itself; mounts below it can be.
+    Top,
+    /// All (`rro`).
+    Recursive,
 }
 
 /// Folder of the share that holds the volumes. No container id has an `@`.
@@ -58,6 +73,8 @@ pub enum HostSource {
         is_dir: bool,
         /// Whether mounts below it come along.
         recursive: bool,
+        /// Whether mounts that the host makes later stay away (`rprivate`).
+        private: bool,
     },
     /// A file system that the host mounts.
     Filesystem {
@@ -70,47 +87,114 @@ pub enum HostSource {
     },
 }
 
-/// Rewrites the mounts of `spec` for the guest and returns what the host has to provide.
-pub(super) fn translate(spec: &mut Spec, bundle: &Path) -> Result<Vec<HostMount>, Error> {
-    let mut host = Vec::new();
+/// Rewrites the mounts of `spec` for the guest and returns what the host has to provide, and which
+/// volumes the guest has to make.
+pub(super) fn translate(
+    spec: &mut Spec,
+    bundle: &Path,
+) -> Result<(Vec<HostMount>, Vec<MemoryVolume>), Error> {
+    let (mut host, mut memory) = (Vec::new(), Vec::new());
     for mount in spec.mounts_mut().iter_mut().flatten() {
-        if let Some(source) = host_source(mount, bundle)? {
-            let mut options = mount.options().iter().flatten();
-            let readonly = options.any(|o| o == "ro");
-            let name = volume_name(&source, readonly);
-            let guest = Path::new(SHARE_DIR).join(VOLUMES_DIR).join(&name);
-            if matches!(source, HostSource::Filesystem { .. }) {
-                mount.set_options(Some(vec!["rbind".into()]));
+        match source(mount, bundle)? {
+            Source::Guest => {}
+            Source::Memory(volume) => {
+                mount
+                    .set_source(Some(volume.guest_path()))
+                    .set_typ(Some("bind".into()));
+                memory.push(volume);
             }
-            host.push(HostMount {
-                name,
-                source,
-                readonly,
-            });
-            mount.set_source(Some(guest)).set_typ(Some("bind".into()));
+            Source::Host(source) => host.push(from_host(mount, source)),
         }
     }
-    Ok(host)
+    Ok((host, memory))
 }
 
-fn volume_name(source: &HostSource, readonly: bool) -> String {
+/// Points `mount` at what the host provides for it.
+fn from_host(mount: &mut Mount, source: HostSource) -> HostMount {
+    let options = mount.options().clone().unwrap_or_default();
+    let readonly = read_only(&options);
+    let name = name_of(&(&source, readonly));
+    let guest = Path::new(SHARE_DIR).join(VOLUMES_DIR).join(&name);
+    match &source {
+        HostSource::Filesystem { .. } => {
+            mount.set_options(Some(vec!["rbind".into()]));
+        }
+        // A mount of the host below it becomes one of the guest when it is first looked into, with the
+        // attributes of the one that it lies on. There, read-only is kept by the host alone.
+        HostSource::Bind { path, .. } if readonly == ReadOnly::Top && has_mounts_below(path) => {
+            let writable = |o: &String| if o == "ro" { "rw".into() } else { o.clone() };
+            mount.set_options(Some(options.iter().map(writable).collect()));
+        }
+        HostSource::Bind { .. } => {}
+    }
+    mount.set_source(Some(guest)).set_typ(Some("bind".into()));
+    HostMount {
+        name,
+        source,
+        readonly,
+    }
+}
+
+/// What the last of several options says counts.
+fn read_only(options: &[String]) -> ReadOnly {
+    let said = options.iter().rev().find_map(|o| match o.as_str() {
+        "rro" => Some(ReadOnly::Recursive),
+        "ro" => Some(ReadOnly::Top),
+        "rw" | "rrw" => Some(ReadOnly::No),
+        _ => None,
+    });
+    said.unwrap_or(ReadOnly::No)
+}
+
+fn is_private(options: &[String]) -> bool {
+    let said = options.iter().rev().find_map(|o| match o.as_str() {
+        "private" | "rprivate" | "unbindable" | "runbindable" => Some(true),
+        "slave" | "rslave" | "shared" | "rshared" => Some(false),
+        _ => None,
+    });
+    said.unwrap_or(false)
+}
+
+/// Whether something is mounted below `path` now.
+fn has_mounts_below(path: &Path) -> bool {
+    let Ok(path) = path.canonicalize() else {
+        return false;
+    };
+    let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let mut points = points.map(crate::mount::unescape);
+    points.any(|point| point != path && point.starts_with(&path))
+}
+
+/// A name that is the same for the same thing.
+pub(super) fn name_of(thing: &(impl Hash + ?Sized)) -> String {
     let mut hasher = std::hash::DefaultHasher::new();
-    (source, readonly).hash(&mut hasher);
+    thing.hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }
 
-/// What the host has to provide for `mount`; `None` where the guest does it alone (its source may have
-/// been changed to a guest path).
-fn host_source(mount: &mut Mount, bundle: &Path) -> Result<Option<HostSource>, Error> {
+/// Who provides a mount.
+enum Source {
+    /// The guest, by itself.
+    Guest,
+    /// The guest, once it has made the volume.
+    Memory(MemoryVolume),
+    /// The host.
+    Host(HostSource),
+}
+
+/// Who provides what `mount` shows. Where the guest does it alone its source may have been changed to a
+/// guest path.
+fn source(mount: &mut Mount, bundle: &Path) -> Result<Source, Error> {
     let options = mount.options().clone().unwrap_or_default();
     let has = |name: &str| options.iter().any(|o| o == name);
     let fstype = mount.typ().clone().unwrap_or_default();
     let is_bind = matches!(fstype.as_str(), "bind" | "rbind") || has("bind") || has("rbind");
     if !is_bind {
         if GUEST_TYPES.contains(&fstype.as_str()) {
-            return Ok(None);
+            return Ok(Source::Guest);
         }
-        return Ok(Some(HostSource::Filesystem {
+        return Ok(Source::Host(HostSource::Filesystem {
             fstype,
             source: mount
                 .source()
@@ -131,16 +215,20 @@ fn host_source(mount: &mut Mount, bundle: &Path) -> Result<Option<HostSource>, E
     };
     let path = bundle.join(source);
     if is_guests_own(&path) || path == Path::new(SANDBOX_SHM_DIR) {
-        return Ok(None);
+        return Ok(Source::Guest);
     }
-    let metadata = fs::metadata(&path).map_err(|e| Error::Value {
+    let unusable = |e: std::io::Error| Error::Value {
         field: format!("mounts[{destination:?}].source"),
         found: path.display().to_string(),
         allowed: format!("a path that exists on the host ({e})"),
-    })?;
+    };
+    let metadata = fs::metadata(&path).map_err(unusable)?;
     if is_pod_shm(&destination, &path) {
         mount.set_source(Some(SANDBOX_SHM_DIR.into()));
-        return Ok(None);
+        return Ok(Source::Guest);
+    }
+    if let Some(volume) = memory::find(&path).map_err(unusable)? {
+        return Ok(Source::Memory(volume));
     }
     let kind = metadata.file_type();
     if kind.is_char_device() || kind.is_block_device() {
@@ -149,10 +237,11 @@ fn host_source(mount: &mut Mount, bundle: &Path) -> Result<Option<HostSource>, E
             path.display()
         )));
     }
-    Ok(Some(HostSource::Bind {
+    Ok(Source::Host(HostSource::Bind {
         path,
         is_dir: metadata.is_dir(),
         recursive: has("rbind") || fstype == "rbind",
+        private: is_private(&options),
     }))
 }
 
@@ -169,6 +258,18 @@ fn is_pod_shm(destination: &Path, source: &Path) -> bool {
     destination == Path::new("/dev/shm")
         && source.file_name().is_some_and(|n| n == "shm")
         && statfs::statfs(source).is_ok_and(|s| s.filesystem_type() == statfs::TMPFS_MAGIC)
+}
+
+/// Size of the shared memory that a pod brings by a tmpfs of the host (`docker run --shm-size`), bytes.
+#[must_use]
+pub fn pod_shm_bytes(spec: &Spec) -> Option<u64> {
+    let mut mounts = spec.mounts().iter().flatten();
+    let source = mounts.find_map(|m| {
+        let source = m.source().as_ref()?;
+        is_pod_shm(m.destination(), source).then_some(source)
+    })?;
+    let space = statvfs(source).ok()?;
+    Some(space.blocks().saturating_mul(space.fragment_size()))
 }
 
 #[cfg(test)]
@@ -197,14 +298,18 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let source = dir.path().to_string_lossy().into_owned();
         let mut spec = one("bind", &source, "/data", &["rbind", "ro"]);
-        let host = translate(&mut spec, Path::new("/b")).expect("translate");
+        let (host, _) = translate(&mut spec, Path::new("/b")).expect("translate");
         let [volume] = host.as_slice() else {
             panic!("one volume, not {host:?}");
         };
-        assert!(volume.readonly);
-        assert!(
-            matches!(&volume.source, HostSource::Bind { path, is_dir: true, recursive: true } if path == dir.path())
-        );
+        assert_eq!(volume.readonly, ReadOnly::Top);
+        let source = HostSource::Bind {
+            path: dir.path().into(),
+            is_dir: true,
+            recursive: true,
+            private: false,
+        };
+        assert_eq!(volume.source, source);
         let mounts = spec.mounts().clone().expect("mounts");
         let guest = format!("/run/sealpod/share/@volumes/{}", volume.name);
         assert_eq!(mounts[0].source().as_deref(), Some(Path::new(&guest)));
@@ -214,13 +319,15 @@ mod tests {
     fn containers_that_want_the_same_volume_use_one_mount() {
         let name = |source: &str, options: &[&str]| {
             let host = translate(&mut one("bind", source, "/data", options), Path::new("/b"));
-            host.expect("translate")[0].name.clone()
+            host.expect("translate").0[0].name.clone()
         };
         assert_eq!(
             name("/usr", &["rbind", "rw"]),
-            name("/usr", &["rbind", "rprivate"])
+            name("/usr", &["rbind", "rslave"])
         );
-        assert_ne!(name("/usr", &["rbind"]), name("/usr", &["rbind", "ro"]));
+        for other in ["ro", "rro", "rprivate"] {
+            assert_ne!(name("/usr", &["rbind"]), name("/usr", &["rbind", other]));
+        }
         assert_ne!(name("/usr", &["rbind"]), name("/bin", &["rbind"]));
     }
 
@@ -233,8 +340,8 @@ mod tests {
             ("bind", "/dev/fuse"),
         ] {
             let mut spec = one(typ, source, "/x", &[]);
-            let host = translate(&mut spec, Path::new("/b")).expect("translate");
-            assert!(host.is_empty(), "{typ} {source}");
+            let (host, memory) = translate(&mut spec, Path::new("/b")).expect("translate");
+            assert!(host.is_empty() && memory.is_empty(), "{typ} {source}");
         }
     }
 

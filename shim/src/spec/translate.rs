@@ -5,7 +5,7 @@
 //! | network namespace | the guest's: it has the pod's network and nothing else |
 //! | IPC, UTS namespace with a path | the guest's, which all containers of a pod share |
 //! | the same without a path | a new one |
-//! | PID namespace | none: the guest's; with a path: the pod's; without: a new one |
+//! | PID namespace | none: the guest's; of a task of the pod (`/proc/<pid>/ns/pid`): see [`PidNamespace::Of`]; without a path: a new one |
 //! | hooks | run by the host (see `hooks`), but `startContainer`, which runs in the container |
 //! | cgroup path, cpuset, resctrl, AppArmor, SELinux | the host's business: left out |
 
@@ -13,7 +13,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Spec};
 
-use super::{BlockDevice, Error, HostMount, devices, mounts, namespace};
+use super::{BlockDevice, Error, HostMount, MemoryVolume, devices, mounts, namespace};
 
 /// Largest specification that is sent: a ttrpc message is at most 4 MiB.
 pub(super) const SPEC_MAX: usize = (4 << 20) - (64 << 10);
@@ -23,8 +23,8 @@ pub(super) const SPEC_MAX: usize = (4 << 20) - (64 << 10);
 pub enum PidNamespace {
     /// Its own.
     Private,
-    /// The pod's.
-    Pod,
+    /// That of the task with this pid: the sandbox's stands for the pod's, which its containers share.
+    Of(u32),
     /// The guest's.
     Guest,
 }
@@ -36,6 +36,8 @@ pub struct GuestSpec {
     pub json: Vec<u8>,
     /// To be mounted below the share.
     pub mounts: Vec<HostMount>,
+    /// To be made by the guest.
+    pub memory: Vec<MemoryVolume>,
     /// To be attached to the VM.
     pub disks: Vec<BlockDevice>,
     /// PID namespace.
@@ -67,7 +69,7 @@ pub fn translate(mut spec: Spec, bundle: &Path) -> Result<GuestSpec, Error> {
 
     let pid_namespace = match namespace(&spec, LinuxNamespaceType::Pid) {
         None => PidNamespace::Guest,
-        Some(Some(_)) => PidNamespace::Pod,
+        Some(Some(path)) => PidNamespace::Of(task_of(&path)?),
         Some(None) => PidNamespace::Private,
     };
     if spec.linux().is_none() {
@@ -80,7 +82,7 @@ pub fn translate(mut spec: Spec, bundle: &Path) -> Result<GuestSpec, Error> {
         *hooks = guest_hooks(hooks);
     }
     spec.set_annotations(None);
-    let mounts = mounts::translate(&mut spec, bundle)?;
+    let (mounts, memory) = mounts::translate(&mut spec, bundle)?;
     let (disks, skip_missing_devices) = devices::take(&mut spec)?;
 
     let json = serde_json::to_vec(&spec).map_err(|e| Error::Unsupported(e.to_string()))?;
@@ -93,9 +95,24 @@ pub fn translate(mut spec: Spec, bundle: &Path) -> Result<GuestSpec, Error> {
     Ok(GuestSpec {
         json,
         mounts,
+        memory,
         disks,
         pid_namespace,
         skip_missing_devices,
+    })
+}
+
+/// The task whose PID namespace `path` is.
+fn task_of(path: &Path) -> Result<u32, Error> {
+    let text = path.to_str().unwrap_or_default();
+    let pid = text
+        .strip_prefix("/proc/")
+        .and_then(|rest| rest.strip_suffix("/ns/pid"))
+        .and_then(|pid| pid.parse().ok());
+    pid.ok_or_else(|| Error::Value {
+        field: "linux.namespaces[pid].path".into(),
+        found: text.into(),
+        allowed: "/proc/<pid of a task of the same pod>/ns/pid: others are of the host".into(),
     })
 }
 
@@ -208,6 +225,20 @@ mod tests {
             .map(|_| ())
             .expect_err("process");
         assert_eq!(e.to_string(), "The specification has no `process`");
+    }
+
+    #[test]
+    fn a_pid_namespace_is_a_tasks_or_is_refused() {
+        let of = |path: &str| {
+            let pid = format!(r#"{{"type":"pid","path":"{path}"}}"#);
+            let text = SPEC.replace(r#"{"type":"pid"}"#, &pid);
+            translate(spec(&text), Path::new("/b")).map(|g| g.pid_namespace)
+        };
+        assert_eq!(of("/proc/17/ns/pid").expect("task"), PidNamespace::Of(17));
+        for other in ["/proc/self/ns/pid", "/run/pids/x", "/proc/17/ns/net"] {
+            let e = of(other).expect_err(other).to_string();
+            assert!(e.contains(other), "{e}");
+        }
     }
 
     #[test]
