@@ -57,16 +57,16 @@ fn docker_volumes_limits_and_logs_work() {
     let dir = env.folder().join("volume");
     std::fs::create_dir(&dir).unwrap();
     let volume = format!("{}:/v", dir.display());
-    let options = [
-        "--name", "dock", "-v", &volume, "-m", "64m", "--cpus", "0.5",
-    ];
-    let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; echo x > /v/x";
+    let limits = ["-m", "64m", "--cpus", "0.5", "--shm-size", "16m"];
+    let options = [&["--name", "dock", "-v", &volume][..], &limits].concat();
+    let script = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; echo x > /v/x; df -k /dev/shm | awk 'NR == 2 {print $2}'";
+    let expected = "67108864\n50000 100000\n16384\n";
     let done = docker.run(&options, &["sh", "-c", script]).ok();
-    assert_eq!(done.stdout, "67108864\n50000 100000\n");
+    assert_eq!(done.stdout, expected);
     assert_eq!(std::fs::read_to_string(dir.join("x")).unwrap(), "x\n");
     assert_eq!(docker.docker(&["logs", "dock"]).ok().stdout, done.stdout);
     let done = docker.docker(&["start", "-a", "dock"]).ok();
-    assert_eq!(done.stdout, "67108864\n50000 100000\n");
+    assert_eq!(done.stdout, expected);
     let _ = docker.docker(&["rm", "dock"]).ok();
     let done = docker
         .run(

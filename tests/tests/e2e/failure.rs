@@ -34,7 +34,8 @@ impl Victim {
     /// What its command line holds; a VM is run by one of two programs.
     fn marks(self) -> &'static [&'static str] {
         match self {
-            Self::Shim => &["containerd-shim-sealpod-v2"],
+            // Which serves, not the one that starts it and may be gone when the signal comes.
+            Self::Shim => &["-pod-dir"],
             Self::Vm => &["qemu-system-x86_64", "sealpod-vmm"],
             Self::Virtiofsd => &["virtiofsd"],
             Self::Containerd => &["--config"],
@@ -74,14 +75,12 @@ fn survives(version: Version, victim: Victim, moment: Moment) {
             let args = env.run_args(&["--detach"], &id, &["sleep", "1000"]);
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
             let mut client = env.spawn("ctr", &args);
-            let wanted = if victim == Victim::Containerd {
-                Victim::Shim
-            } else {
-                victim
+            let there = |env: &Env| match victim {
+                // At any moment from the first on that there is a shim, or one that starts it.
+                Victim::Containerd => !env.processes("containerd-shim-sealpod-v2").is_empty(),
+                other => !other.processes(env).is_empty(),
             };
-            wait::until("the victim is there", NOTICED, || {
-                (!wanted.processes(&env).is_empty()).then_some(())
-            });
+            wait::until("the victim is there", NOTICED, || there(&env).then_some(()));
             victim.kill(&mut env);
             let status = wait::until("the client ends", Duration::from_secs(60), || {
                 client.try_wait().unwrap()

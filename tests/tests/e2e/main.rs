@@ -9,9 +9,12 @@
 mod attestation;
 mod bad_input;
 mod cri_files;
+mod cri_limits;
+mod cri_namespaces;
 mod cri_pod;
 mod cri_security;
 mod cri_streams;
+mod cri_volumes;
 mod docker;
 mod failure;
 mod failure_agent;
@@ -23,6 +26,7 @@ mod network;
 mod options;
 mod redis;
 mod remote_verifier;
+mod tasks;
 
 /// One `#[test]` per containerd version for each body, in a module named after it.
 #[macro_export]
