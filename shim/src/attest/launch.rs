@@ -99,8 +99,8 @@ fn read(path: &Path) -> Result<Vec<u8>, LaunchError> {
     })
 }
 
-/// What a pod of this node starts with that QEMU runs: with so many vCPUs, more words for its kernel, and
-/// devices or none (a VM that takes none has no ports for them, which its command line shows).
+/// What a pod of this node starts with: with so many vCPUs, more words for its kernel, and devices or none
+/// (which says whose VM it is, and a VM that takes none has no ports for them).
 pub async fn of_node(config: &Config, vcpus: u32, params: &[String], devices: bool) -> Launch {
     let hypervisor = &config.hypervisor;
     let wanted = match hypervisor.accelerator {
@@ -128,8 +128,13 @@ pub async fn of_node(config: &Config, vcpus: u32, params: &[String], devices: bo
         accelerator: vm::choose_accelerator(wanted, state_dir),
         user: hypervisor.user.get(),
     };
+    let kvm = vm.accelerator == vm::Accelerator::Kvm;
+    let cmdline = match hypervisor.uses_vmm(kvm, devices) {
+        true => vm::Builtin.cmdline(&vm).await,
+        false => vm::Qemu.cmdline(&vm).await,
+    };
     Launch {
-        cmdline: vm::Qemu.cmdline(&vm).await,
+        cmdline,
         kernel: vm.kernel,
         initramfs: vm.initramfs,
         vcpus,

@@ -79,6 +79,19 @@ pub struct Hypervisor {
     pub hotplug_ports: u32,
 }
 
+impl Hypervisor {
+    /// Whether sealpod-vmm runs a pod, and not QEMU: on request, or where it can and is there. `kvm`: the
+    /// pod runs on a real one. `needs_pci`: it wants devices that are passed through.
+    #[must_use]
+    pub fn uses_vmm(&self, kvm: bool, needs_pci: bool) -> bool {
+        match self.driver {
+            Driver::Qemu => false,
+            Driver::Vmm => true,
+            Driver::Auto => kvm && !needs_pci && self.vmm.exists(),
+        }
+    }
+}
+
 /// `[sizing]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -183,13 +183,8 @@ async fn first_answer(
 /// are passed through, and guests without KVM, are QEMU's.
 fn driver(plan: &Plan, config: &mut vm::VmConfig) -> Result<&'static dyn vm::Driver> {
     let hypervisor = &plan.config.hypervisor;
-    let builtin = match hypervisor.driver {
-        config::Driver::Qemu => false,
-        config::Driver::Vmm => true,
-        config::Driver::Auto => {
-            config.accelerator == vm::Accelerator::Kvm && !plan.needs_pci && hypervisor.vmm.exists()
-        }
-    };
+    let kvm = config.accelerator == vm::Accelerator::Kvm;
+    let builtin = hypervisor.uses_vmm(kvm, plan.needs_pci);
     let program = if builtin {
         &hypervisor.vmm
     } else {

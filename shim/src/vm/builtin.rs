@@ -29,8 +29,12 @@ use super::{Accelerator, Disk, Driver, Mark, Nic, Passed, Vm, VmConfig, VmError,
 use crate::child::{self, Child, Command};
 use crate::ledger::Ledger;
 
-/// How long sealpod-vmm may take to answer. Making the machine reads the kernel.
+/// How long sealpod-vmm may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// And to make the machine, for which it reads kernel and initramfs.
+const CREATE_PATIENCE: Duration = Duration::from_secs(30);
+/// One whose connection has broken has ended, or is about to.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 /// Descriptors that it may have open: some 60, and 5 for each device.
 const OPEN_FILES: u64 = 1024;
 /// The kernel's command line: what every guest of this VMM has. The clocks' rates are known.
@@ -177,12 +181,23 @@ fn soon() -> Context {
 
 impl Machine {
     async fn create(&self, request: &CreateRequest) -> Result<(), VmError> {
-        match self.client.create(soon(), request).await {
-            Ok(_) => Ok(()),
-            Err(e @ ttrpc::Error::RpcStatus(_)) => Err(self.failure("create the machine", e)),
+        const COMMAND: &str = "create the machine";
+        let limit = context::with_duration(CREATE_PATIENCE);
+        let Err(e) = self.client.create(limit, request).await else {
+            return Ok(());
+        };
+        if matches!(e, ttrpc::Error::RpcStatus(_)) {
+            return Err(self.failure(COMMAND, e));
+        }
+        match tokio::time::timeout(END_PATIENCE, ended(self.exit.clone())).await {
+            Ok(exit) => Err(VmError::GaveUp(exit)),
             Err(_) => {
                 self.child.kill();
-                Err(VmError::GaveUp(ended(self.exit.clone()).await))
+                ended(self.exit.clone()).await;
+                Err(VmError::Silent {
+                    command: COMMAND.into(),
+                    seconds: CREATE_PATIENCE.as_secs(),
+                })
             }
         }
     }
