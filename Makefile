@@ -1,6 +1,6 @@
 # The commands of the project. Each does all of its own set-up on a Debian 12 machine with Rust, as
 # root, and shows progress on what takes long; a second run repeats nothing.
-.PHONY: help build guest-kernel guest demo test lint bench lab bench-lab shell install clean
+.PHONY: help build guest-kernel guest demo test lint bench lab lab-e2e bench-lab shell install clean
 .DEFAULT_GOAL := help
 
 PREFIX ?= /usr/local
@@ -8,6 +8,8 @@ PREFIX ?= /usr/local
 CONTAINERD ?= 1.7
 # program of `make lab`, and its arguments; by default the tests that need KVM
 RUN ?=
+# arguments of `make lab-e2e`: tests/lab/e2e.sh has them
+E2E ?=
 SETUP := tests/setup/setup.sh
 SAY := @printf '\033[1m==>\033[0m %s\n'
 BENCH := cargo run -q --profile test -p sealpod-tests --bin
@@ -56,11 +58,15 @@ bench: build ## Measure starts, memory and verifications: target/bench/{start,at
 lab: build ## Run RUN, by default the tests that need KVM, on a real KVM: docs/lab.md
 	@$(if $(RUN),tests/lab/run.sh $(RUN),tests/lab/tests.sh)
 
-bench-lab: build ## Measure sealpod-vmm against QEMU on a real KVM: target/bench/vmm.json
+lab-e2e: build ## End-to-end tests with sealpod-vmm on a real KVM: docs/lab.md
+	@$(SETUP) clients
+	@tests/lab/e2e.sh $(E2E)
+
+bench-lab: build ## Measure sealpod-vmm, QEMU and pods on a real KVM: target/bench/vmm.json
 	@$(SETUP) clients
 	@initramfs/pack.sh --floor
-	@cargo build -q --profile test -p sealpod-tests --bin bench_vmm
-	@tests/lab/run.sh -o target/bench $(CURDIR)/target/debug/bench_vmm $(CURDIR)/target/bench $(OTHER)
+	@cargo build -q --profile test -p sealpod-tests --bin bench_vmm --bin bench_pods
+	@tests/lab/run.sh -t 1800 -o target/bench tests/lab/bench.sh $(CURDIR)/target/bench $(CURDIR)/target/debug $(OTHER)
 
 shell: build ## A shell with a private containerd whose default runtime is sealpod
 	@$(SETUP) clients

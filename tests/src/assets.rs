@@ -17,6 +17,12 @@ pub fn runtime() -> String {
     std::env::var("SEALPOD_TEST_RUNTIME").unwrap_or_else(|_| SEALPOD_RUNTIME.into())
 }
 
+/// `kvm` or `tcg` for all pods; by default the shim finds out.
+#[must_use]
+pub fn accelerator() -> Option<String> {
+    std::env::var("SEALPOD_TEST_ACCELERATOR").ok()
+}
+
 /// The build tree's `target` folder.
 #[must_use]
 pub fn target() -> PathBuf {

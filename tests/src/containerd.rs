@@ -191,9 +191,10 @@ impl Containerd {
   "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs",
   "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp",
   "io.containerd.nri.v1.nri"]"#;
+        let timeouts = timeouts(wait::patience());
         let head = format!(
             "root = \"{folder}/root\"\nstate = \"{folder}/state\"\ndisabled_plugins = {off}\n\
-             [grpc]\naddress = \"{folder}/c.sock\"\n[debug]\nlevel = \"info\"\n\
+             [grpc]\naddress = \"{folder}/c.sock\"\n[debug]\nlevel = \"info\"\n{timeouts}\
              [plugins.\"io.containerd.internal.v1.opt\"]\npath = \"{folder}/opt\"\n"
         );
         let sandboxer = if self.version == Version::V2_1Sandbox {
@@ -233,6 +234,23 @@ impl Containerd {
         let version = if cri.ends_with("runtime") { 3 } else { 2 };
         format!("version = {version}\n{head}{cri_lines}")
     }
+}
+
+/// containerd's own time limits, so many times what they are by default.
+fn timeouts(times: u32) -> String {
+    let limits = [
+        ("shim.cleanup", 5),
+        ("shim.load", 5),
+        ("shim.shutdown", 3),
+        ("task.state", 2),
+    ];
+    let lines = limits.map(|(name, seconds)| {
+        format!(
+            "\"io.containerd.timeout.{name}\" = \"{}s\"\n",
+            seconds * times
+        )
+    });
+    format!("[timeouts]\n{}", lines.concat())
 }
 
 impl Drop for Containerd {

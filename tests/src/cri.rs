@@ -94,9 +94,10 @@ impl Cri {
     ) -> Result<T, Status> {
         let mut client = self.client.clone();
         self.tokio.block_on(async {
-            match tokio::time::timeout(Duration::from_secs(90), f(&mut client)).await {
+            let limit = Duration::from_secs(90) * wait::patience();
+            match tokio::time::timeout(limit, f(&mut client)).await {
                 Ok(answer) => answer.map(Response::into_inner),
-                Err(_) => Err(Status::deadline_exceeded("the test waited 90 s")),
+                Err(_) => Err(Status::deadline_exceeded("the test waited too long")),
             }
         })
     }
@@ -248,7 +249,8 @@ impl Cri {
         Ok(id)
     }
 
-    /// Runs a command in a container to its end; a limit of 0 s is none.
+    /// Runs a command in a container to its end; a limit of 0 s is none, others are multiplied by
+    /// [`wait::patience`].
     ///
     /// # Errors
     /// The server's, `DEADLINE_EXCEEDED` past the limit.
@@ -261,7 +263,7 @@ impl Cri {
         let request = api::ExecSyncRequest {
             container_id: id.into(),
             cmd: command.iter().map(|&w| w.into()).collect(),
-            timeout: seconds,
+            timeout: seconds * i64::from(wait::patience()),
         };
         self.call(async |c| c.exec_sync(request).await)
     }

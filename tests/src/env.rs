@@ -18,9 +18,10 @@ use crate::{
     image,
     leak::{CgroupSweep, Snapshot},
     namespaces::{Namespaces, Process},
+    wait,
 };
 
-/// Ends a client that hangs: well above what the slowest one takes here.
+/// Ends a client that hangs: well above what the slowest one takes here. Times [`wait::patience`].
 pub const CLIENT_SECONDS: u32 = 120;
 
 /// See the module. Fields drop in order: containerd first, namespaces, then the folder.
@@ -45,6 +46,8 @@ pub struct Settings {
     pub initramfs: PathBuf,
     /// File server.
     pub virtiofsd: PathBuf,
+    /// How long a guest may take to come up.
+    pub boot_seconds: u32,
     /// More lines, first of the section `hypervisor`.
     pub more: String,
 }
@@ -55,6 +58,7 @@ impl Default for Settings {
             kernel: absolute(assets::kernel()),
             initramfs: absolute(assets::initramfs()),
             virtiofsd: absolute(assets::virtiofsd()),
+            boot_seconds: 30 * wait::patience(),
             more: String::new(),
         }
     }
@@ -66,11 +70,15 @@ impl Settings {
             kernel,
             initramfs,
             virtiofsd,
+            boot_seconds,
             more,
         } = self;
         let vmm = absolute(assets::programs().join("sealpod-vmm"));
+        // Where the machine is too busy to tell that its KVM is real (the lab), it is said.
+        let chosen = |a| format!("accelerator = \"{a}\"\n");
+        let accelerator = assets::accelerator().map_or(String::new(), chosen);
         format!(
-            "[hypervisor]\nvmm = {vmm:?}\nkernel = {kernel:?}\ninitramfs = {initramfs:?}\nvirtiofsd = {virtiofsd:?}\n{more}"
+            "timeouts.boot_seconds = {boot_seconds}\n[hypervisor]\n{accelerator}vmm = {vmm:?}\nkernel = {kernel:?}\ninitramfs = {initramfs:?}\nvirtiofsd = {virtiofsd:?}\n{more}"
         )
     }
 }
@@ -219,9 +227,10 @@ impl Env {
     /// # Panics
     /// Where it cannot be started.
     pub fn run(&self, program: &str, args: &[&str]) -> Done {
+        let limit = CLIENT_SECONDS * wait::patience();
         let mut command = self.command("timeout");
         command
-            .args(["-k", "2", &CLIENT_SECONDS.to_string(), program])
+            .args(["-k", "2", &limit.to_string(), program])
             .args(args);
         command.stdin(Stdio::null());
         self.namespaces
@@ -259,7 +268,7 @@ impl Env {
         let Some(before) = &self.before else {
             return Vec::new();
         };
-        let end = std::time::Instant::now() + Duration::from_secs(10);
+        let end = std::time::Instant::now() + Duration::from_secs(10) * wait::patience();
         loop {
             let leaks = before.leaks(&Snapshot::take(self));
             if leaks.is_empty() || std::time::Instant::now() > end {

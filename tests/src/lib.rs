@@ -16,6 +16,7 @@ pub mod docker;
 pub mod env;
 pub mod image;
 pub mod leak;
+pub mod measure;
 pub mod namespaces;
 pub mod net;
 pub mod skip;

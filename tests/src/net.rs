@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::Env;
+use crate::{Env, wait};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -32,9 +32,9 @@ impl Env {
         // A socket stays in the namespace that it was made in.
         let stream = self
             .namespaces
-            .enter_net(|| TcpStream::connect_timeout(&address, LIMIT))
+            .enter_net(|| TcpStream::connect_timeout(&address, LIMIT * wait::patience()))
             .with_context(|| address.to_string())?;
-        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_read_timeout(Some(LIMIT * wait::patience()))?;
         stream.set_nodelay(true)?;
         Ok(stream)
     }

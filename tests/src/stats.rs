@@ -28,6 +28,27 @@ pub fn smaps_kib(proc_dir: &Path, field: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// PSS of a process that lies in shared memory objects (the guest's memory), KiB.
+#[must_use]
+pub fn memfd_pss_kib(proc_dir: &Path) -> u64 {
+    let maps = std::fs::read_to_string(proc_dir.join("smaps")).unwrap_or_default();
+    let mut shared = false;
+    let mut sum = 0;
+    for line in maps.lines() {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        if !first.ends_with(':') {
+            shared = line.contains("/memfd:");
+        } else if first == "Pss:" && shared {
+            sum += line
+                .split_whitespace()
+                .nth(1)
+                .and_then(|n| n.parse::<u64>().ok())
+                .unwrap_or(0);
+        }
+    }
+    sum
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,6 @@
 //! the goals are met. Writes `target/bench/start.json`; `SEALPOD_BENCH_ROUNDS` sets the rounds.
 
 use std::{
-    io::Read,
     path::Path,
     process::{Command, Stdio},
     time::Instant,
@@ -14,7 +13,8 @@ use sealpod_tests::{
     assets::{self, RUNC_RUNTIME, SEALPOD_RUNTIME},
     cri::Cri,
     image::BUSYBOX,
-    stats::{percentile, smaps_kib},
+    measure::{exec, ms, start, timeline},
+    stats::{memfd_pss_kib, percentile, smaps_kib},
 };
 use serde_json::{Value, json};
 
@@ -24,38 +24,6 @@ struct Samples {
     exit: Vec<f64>,
     first_output: Vec<f64>,
     exec: Vec<f64>,
-}
-
-fn ms(begin: Instant) -> f64 {
-    begin.elapsed().as_secs_f64() * 1e3
-}
-
-/// One `ctr run --rm`: time to its first byte of output, and to its end.
-fn start(env: &Env, runtime: &str, id: &str) -> Result<(f64, f64)> {
-    let args = env.image_run_args(runtime, BUSYBOX, &["--rm"], id, &["echo", "here"]);
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let begin = Instant::now();
-    let mut child = env.spawn("ctr", &args);
-    drop(child.stdin.take());
-    let mut byte = [0];
-    let read = child.stdout.as_mut().map(|out| out.read(&mut byte));
-    let first = ms(begin);
-    let status = child.wait()?;
-    let exit = ms(begin);
-    ensure!(
-        status.success() && matches!(read, Some(Ok(1))),
-        "{runtime}: ctr run failed"
-    );
-    Ok((first, exit))
-}
-
-/// One `ctr task exec` to its end.
-fn exec(env: &Env, id: &str, round: usize) -> Result<f64> {
-    let begin = Instant::now();
-    let done = env.ctr_exec(id, &format!("e{round}"), &["true"]);
-    let time = ms(begin);
-    ensure!(done.code == 0, "exec failed: {}", done.text());
-    Ok(time)
 }
 
 /// What the running pod's QEMU was started with: machine, processor and kernel command line.
@@ -110,26 +78,6 @@ fn summary(samples: &[f64]) -> Value {
         "rounds": samples.len() })
 }
 
-/// PSS of a process that lies in shared memory objects (the guest's memory), KiB.
-fn memfd_pss_kib(proc_dir: &Path) -> u64 {
-    let maps = std::fs::read_to_string(proc_dir.join("smaps")).unwrap_or_default();
-    let mut shared = false;
-    let mut sum = 0;
-    for line in maps.lines() {
-        let first = line.split_whitespace().next().unwrap_or_default();
-        if !first.ends_with(':') {
-            shared = line.contains("/memfd:");
-        } else if first == "Pss:" && shared {
-            sum += line
-                .split_whitespace()
-                .nth(1)
-                .and_then(|n| n.parse::<u64>().ok())
-                .unwrap_or(0);
-        }
-    }
-    sum
-}
-
 /// Memory of one idle pod, seen from the host and from inside.
 fn memory(env: &mut Env) -> Result<Value> {
     // A container without a PID namespace of its own sees the guest's, where the agent is process 1.
@@ -179,28 +127,6 @@ fn memory(env: &mut Env) -> Result<Value> {
         "processes": shim.2 + vm.2 + files.2,
         "agent_rss_kib": agent, "guest_used_kib": used, "guest_total_kib": total,
     }))
-}
-
-/// One more start, with what its shim noted.
-fn timeline(env: &Env) -> Option<Value> {
-    let id = env.id("timeline");
-    env.ctr_start(&[], &id, &["sh", "-c", "echo here; sleep 1000"]);
-    let _ = env.ctr_exec(&id, "e", &["true"]);
-    let pods = std::fs::read_dir(env.namespaces.path("/run/sealpod")).ok()?;
-    let files = pods.flatten().map(|p| p.path().join("timeline.json"));
-    // Several pods may be there: the newest is this one.
-    let newest = files
-        .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f)))
-        .max()
-        .and_then(|(_, f)| std::fs::read_to_string(f).ok());
-    env.ctr_remove(&id);
-    let marks: Value = serde_json::from_str(&newest?).ok()?;
-    let begin = marks.get("shim_start_ns")?.as_u64()?;
-    let since = marks.as_object()?.iter().filter_map(|(name, ns)| {
-        let micro = ns.as_u64()?.saturating_sub(begin) / 1000;
-        Some((name.replace("_ns", "_us"), Value::from(micro)))
-    });
-    Some(Value::Object(since.collect()))
 }
 
 fn size(path: &Path) -> u64 {

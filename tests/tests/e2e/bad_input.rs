@@ -87,7 +87,7 @@ mod bodies {
         only_sealpod!();
         let env = env_with(version, |s| {
             s.initramfs = PathBuf::from("/etc/passwd");
-            s.more = "[timeouts]\nboot_seconds = 10\n".into();
+            s.boot_seconds = 10 * wait::patience();
         });
         // Refused by a look at the file, or by the kernel that finds no init in it.
         let message = refused(&env, &[], &["true"]).to_lowercase();

@@ -121,7 +121,7 @@ mod bodies {
         let begin = Instant::now();
         let error = cri.exec_sync(&c, &["sleep", "1234"], 1).unwrap_err();
         assert_eq!(error.code(), tonic_code_deadline(), "{error}");
-        assert!(begin.elapsed() < Duration::from_secs(15));
+        assert!(begin.elapsed() < Duration::from_secs(15) * wait::patience());
         wait::until("the process is gone", Duration::from_secs(10), || {
             (!cri.sh(&c, "ps").contains("1234")).then_some(())
         });

@@ -99,7 +99,9 @@ fn survives(version: Version, victim: Victim, moment: Moment) {
                 let _ = client.kill();
             }
             let begin = Instant::now();
-            while client.try_wait().unwrap().is_none() && begin.elapsed() < NOTICED {
+            while client.try_wait().unwrap().is_none()
+                && begin.elapsed() < NOTICED * wait::patience()
+            {
                 std::thread::sleep(Duration::from_millis(50));
             }
             let _ = client.kill();

@@ -108,7 +108,7 @@ mod bodies {
                 let _ = send.send(line);
             }
         });
-        let limit = Duration::from_secs(20);
+        let limit = Duration::from_secs(20) * wait::patience();
         lines.recv_timeout(limit).unwrap();
         let _ = env.ctr(&["task", "pause", &id]).ok();
         assert_eq!(env.ctr_status(&id).as_deref(), Some("PAUSED"));
@@ -233,7 +233,9 @@ mod bodies {
         let _ = env.ctr(&["container", "delete", &id]).ok();
         let mut topics = Vec::new();
         loop {
-            let line = lines.recv_timeout(Duration::from_secs(20)).unwrap();
+            let line = lines
+                .recv_timeout(Duration::from_secs(20) * wait::patience())
+                .unwrap();
             if line.contains("/containers/delete") {
                 break;
             }

@@ -16,7 +16,9 @@ on_every_containerd!(
 );
 
 mod bodies {
-    use sealpod_tests::{Env, Version, assets, need};
+    use std::time::Duration;
+
+    use sealpod_tests::{Env, Version, assets, need, wait};
     use serde_json::json;
 
     fn sh(env: &Env, options: &[&str], script: &str) -> String {
@@ -157,7 +159,7 @@ mod bodies {
         assert_eq!(done.code, 137, "{}", done.text());
         let mut seen = Vec::new();
         let told = loop {
-            match lines.recv_timeout(std::time::Duration::from_secs(5)) {
+            match lines.recv_timeout(Duration::from_secs(5) * wait::patience()) {
                 Ok(line) if line.contains("/tasks/oom") => break true,
                 Ok(line) => seen.push(line),
                 Err(_) => break false,

@@ -1,0 +1,183 @@
+//! The second part of `make bench-lab`: what a pod costs beside a container of runc's, by turns against
+//! one containerd on real KVM. Adds `pods` to the `vmm.json` in the folder that it is given: start to
+//! first output and to the end, exec, exits of a whole start, and what each further pod takes in memory
+//! (shim, VMM, virtiofsd and the guest's memory together) and threads.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use sealpod_tests::{
+    Env, Version,
+    assets::{self, RUNC_RUNTIME, SEALPOD_RUNTIME},
+    image::BUSYBOX,
+    measure::{exec, start, timeline},
+    stats::{memfd_pss_kib, percentile, smaps_kib},
+};
+use serde_json::{Value, json};
+
+/// Programs of a pod, as their command lines show them.
+const PROGRAMS: [(&str, &str); 4] = [
+    ("shim", "containerd-shim-sealpod-v2"),
+    ("sealpod-vmm", "sealpod-vmm"),
+    ("qemu", "qemu-system"),
+    ("virtiofsd", "virtiofsd"),
+];
+/// Pods beyond the first whose memory is measured.
+const FURTHER: u32 = 3;
+
+#[derive(Default)]
+struct Samples {
+    first_output: Vec<f64>,
+    exit: Vec<f64>,
+    exec: Vec<f64>,
+}
+
+/// All processes of all pods, by program.
+#[derive(Default, Clone, Copy)]
+struct Usage {
+    pss_kib: u64,
+    guest_kib: u64,
+    threads: u64,
+}
+
+fn usage(env: &Env, mark: &str) -> Usage {
+    let mut all = Usage::default();
+    for process in env.processes(mark) {
+        let dir = env.namespaces.path(&format!("/proc/{}", process.pid));
+        all.pss_kib += smaps_kib(&dir, "Pss").unwrap_or(0);
+        all.guest_kib += memfd_pss_kib(&dir);
+        all.threads += fs::read_dir(dir.join("task")).map_or(0, |t| t.count() as u64);
+    }
+    all
+}
+
+fn run_detached(env: &Env, runtime: &str, name: &str) -> Result<()> {
+    let command = ["sleep", "10000"];
+    let args = env.image_run_args(runtime, BUSYBOX, &["--detach"], &env.id(name), &command);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = env.run("ctr", &args);
+    ensure!(done.code == 0, "{name} does not start: {}", done.text());
+    Ok(())
+}
+
+/// What each pod beyond the first takes.
+fn further_pods(env: &Env) -> Result<Value> {
+    run_detached(env, SEALPOD_RUNTIME, "m0")?;
+    let one = PROGRAMS.map(|(_, mark)| usage(env, mark));
+    for n in 1..=FURTHER {
+        run_detached(env, SEALPOD_RUNTIME, &format!("m{n}"))?;
+    }
+    let all = PROGRAMS.map(|(_, mark)| usage(env, mark));
+    for n in 0..=FURTHER {
+        env.ctr_remove(&env.id(&format!("m{n}")));
+    }
+    let share = |more: u64, less: u64| more.saturating_sub(less) as f64 / f64::from(FURTHER);
+    let mut parts = serde_json::Map::new();
+    let (mut sum, mut guest) = (0.0, 0.0);
+    for ((name, _), (one, all)) in PROGRAMS.iter().zip(one.iter().zip(&all)) {
+        if all.threads == 0 {
+            continue;
+        }
+        let pss = share(all.pss_kib, one.pss_kib);
+        let in_guest = share(all.guest_kib, one.guest_kib);
+        sum += pss;
+        guest += in_guest;
+        let own = (pss - in_guest).round();
+        let threads = share(all.threads, one.threads);
+        parts.insert(
+            (*name).into(),
+            json!({ "own_kib": own, "threads": threads }),
+        );
+    }
+    Ok(json!({ "pss_kib": f64::round(sum), "guest_kib": f64::round(guest), "parts": parts }))
+}
+
+/// Exits of the one VM that runs, summed by KVM.
+fn exits() -> Result<u64> {
+    let mut vms = fs::read_dir("/sys/kernel/debug/kvm")?.flatten();
+    let vm = vms.find(|e| e.path().is_dir()).context("no VM runs")?;
+    let text = fs::read_to_string(vm.path().join("exits"))?;
+    Ok(text.trim().parse()?)
+}
+
+/// Exits from the start of a pod until its container runs.
+fn exits_of_a_start(env: &Env) -> Result<u64> {
+    run_detached(env, SEALPOD_RUNTIME, "exits")?;
+    let count = exits();
+    env.ctr_remove(&env.id("exits"));
+    count
+}
+
+fn summary(samples: &[f64]) -> Value {
+    let round = |x: f64| (x * 10.0).round() / 10.0;
+    json!({ "p50_ms": round(percentile(samples, 0.5)), "p95_ms": round(percentile(samples, 0.95)) })
+}
+
+fn side(samples: &Samples) -> Value {
+    json!({ "run_to_first_output": summary(&samples.first_output),
+        "run_to_exit": summary(&samples.exit), "exec": summary(&samples.exec) })
+}
+
+fn measure(env: &Env, rounds: usize) -> Result<Value> {
+    let mut sides = [
+        ("runc", RUNC_RUNTIME, Samples::default()),
+        ("sealpod", SEALPOD_RUNTIME, Samples::default()),
+    ];
+    for (name, runtime, _) in &sides {
+        run_detached(env, runtime, name)?;
+    }
+    // Round 0 warms caches and is not counted.
+    for round in 0..=rounds {
+        eprintln!("round {round} of {rounds}");
+        for (name, runtime, samples) in &mut sides {
+            let (first, exit) = start(env, runtime, &env.id(&format!("{name}{round}")))?;
+            let exec = exec(env, &env.id(name), round)?;
+            if round > 0 {
+                samples.first_output.push(first);
+                samples.exit.push(exit);
+                samples.exec.push(exec);
+            }
+        }
+    }
+    for (name, ..) in &sides {
+        env.ctr_remove(&env.id(name));
+    }
+    let exits = exits_of_a_start(env)?;
+    let further = further_pods(env)?;
+    let [(.., runc), (.., sealpod)] = &sides;
+    let ratio =
+        |a: &[f64], b: &[f64]| (percentile(a, 0.5) / percentile(b, 0.5) * 100.0).round() / 100.0;
+    let goals = json!({
+        "start_to_runc (3.3)": ratio(&sealpod.first_output, &runc.first_output),
+        "exec_to_runc": ratio(&sealpod.exec, &runc.exec),
+        "further_pod_kib (46000)": further["pss_kib"],
+    });
+    Ok(
+        json!({ "rounds": rounds, "runc": side(runc), "sealpod": side(sealpod),
+        "exits_of_a_start": exits, "further_pod": further, "timeline": timeline(env), "goals": goals }),
+    )
+}
+
+fn main() -> Result<()> {
+    let folder = std::env::args()
+        .nth(1)
+        .context("usage: bench_pods FOLDER")?;
+    let file = Path::new(&folder).join("vmm.json");
+    let rounds = std::env::var("SEALPOD_BENCH_ROUNDS").map_or(Ok(5), |r| r.parse())?;
+    assets::complete()?;
+    let env = Env::new(Version::V1_7)?;
+    let pods = measure(&env, rounds)?;
+    println!("{pods:#}");
+    let mut report: Value = match fs::read(&file) {
+        Ok(text) => serde_json::from_slice(&text).with_context(|| file.display().to_string())?,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => json!({}),
+        Err(e) => return Err(e).with_context(|| file.display().to_string()),
+    };
+    report["pods"] = pods;
+    fs::create_dir_all(PathBuf::from(folder))?;
+    fs::write(&file, format!("{report:#}\n"))?;
+    Ok(())
+}

@@ -1,0 +1,71 @@
+//! Times of one start and one exec as a user sees them, and what a shim noted on its way: for the benches.
+
+use std::{io::Read, time::Instant};
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+use crate::{Env, image::BUSYBOX};
+
+/// Milliseconds since `begin`.
+#[must_use]
+pub fn ms(begin: Instant) -> f64 {
+    begin.elapsed().as_secs_f64() * 1e3
+}
+
+/// One `ctr run --rm`: time to its first byte of output, and to its end.
+///
+/// # Errors
+/// Where it fails.
+pub fn start(env: &Env, runtime: &str, id: &str) -> Result<(f64, f64)> {
+    let args = env.image_run_args(runtime, BUSYBOX, &["--rm"], id, &["echo", "here"]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let begin = Instant::now();
+    let mut child = env.spawn("ctr", &args);
+    drop(child.stdin.take());
+    let mut byte = [0];
+    let read = child.stdout.as_mut().map(|out| out.read(&mut byte));
+    let first = ms(begin);
+    let status = child.wait()?;
+    let exit = ms(begin);
+    ensure!(
+        status.success() && matches!(read, Some(Ok(1))),
+        "{runtime}: ctr run failed"
+    );
+    Ok((first, exit))
+}
+
+/// One `ctr task exec` to its end.
+///
+/// # Errors
+/// Where it fails.
+pub fn exec(env: &Env, id: &str, round: usize) -> Result<f64> {
+    let begin = Instant::now();
+    let done = env.ctr_exec(id, &format!("e{round}"), &["true"]);
+    let time = ms(begin);
+    ensure!(done.code == 0, "exec failed: {}", done.text());
+    Ok(time)
+}
+
+/// One more start, with what its shim noted: microseconds since the shim's own, by mark.
+#[must_use]
+pub fn timeline(env: &Env) -> Option<Value> {
+    let id = env.id("timeline");
+    env.ctr_start(&[], &id, &["sh", "-c", "echo here; sleep 1000"]);
+    let _ = env.ctr_exec(&id, "e", &["true"]);
+    let pods = std::fs::read_dir(env.namespaces.path("/run/sealpod")).ok()?;
+    let files = pods.flatten().map(|p| p.path().join("timeline.json"));
+    // Several pods may be there: the newest is this one.
+    let newest = files
+        .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f)))
+        .max()
+        .and_then(|(_, f)| std::fs::read_to_string(f).ok());
+    env.ctr_remove(&id);
+    let marks: Value = serde_json::from_str(&newest?).ok()?;
+    let begin = marks.get("shim_start_ns")?.as_u64()?;
+    let since = marks.as_object()?.iter().filter_map(|(name, ns)| {
+        let micro = ns.as_u64()?.saturating_sub(begin) / 1000;
+        Some((name.replace("_ns", "_us"), Value::from(micro)))
+    });
+    Some(Value::Object(since.collect()))
+}
