@@ -75,7 +75,9 @@ pub enum VirtiofsError {
 /// # Errors
 /// [`VirtiofsError::Host`].
 pub fn make_share(dir: &Path) -> Result<PathBuf, VirtiofsError> {
-    let share = make_dir(&dir.join(SHARE_DIR))?;
+    // Passable in the guest for a container whose root is another user there. On the host nobody else
+    // comes this far: the pod's folder is closed.
+    let share = make_dir(&dir.join(SHARE_DIR), 0o711)?;
     let mount = |r: rustix::io::Result<()>| {
         r.map_err(|e| VirtiofsError::Host {
             action: "mount share",
@@ -88,9 +90,9 @@ pub fn make_share(dir: &Path) -> Result<PathBuf, VirtiofsError> {
     Ok(share)
 }
 
-fn make_dir(path: &Path) -> Result<PathBuf, VirtiofsError> {
+fn make_dir(path: &Path, mode: u32) -> Result<PathBuf, VirtiofsError> {
     let mut builder = DirBuilder::new();
-    let made = builder.recursive(true).mode(0o700).create(path);
+    let made = builder.recursive(true).mode(mode).create(path);
     made.map_err(|source| VirtiofsError::Host {
         action: "make folder",
         path: path.into(),
@@ -131,7 +133,7 @@ impl Virtiofs {
                 path: program.into(),
                 source,
             })?;
-        let mut jail = Jail::new(&make_dir(&dir.join(JAIL_DIR))?);
+        let mut jail = Jail::new(&make_dir(&dir.join(JAIL_DIR), 0o700)?);
         jail.visible(&program)
             .folder(&dir.join(SHARE_DIR), SERVED)
             .proc();

@@ -144,7 +144,10 @@ fn new(
     options: &[(CString, Option<CString>)],
 ) -> Result<OwnedFd, LaunchError> {
     let name = fs.to_string_lossy();
-    let context = sys::fsopen(fs).step(|| format!("file system {name}"))?;
+    let context = match sys::fsopen(fs) {
+        Err(Errno::EPERM) if fs.as_c_str() == c"sysfs" => return guests_sysfs(),
+        opened => opened.step(|| format!("file system {name}"))?,
+    };
     if let Some(source) = source {
         sys::fsconfig_set(context.as_fd(), c"source", Some(source))
             .step(|| format!("{name} source {source:?}"))?;
@@ -157,17 +160,19 @@ fn new(
     }
     match sys::fsmount(context.as_fd(), 0) {
         Ok(mount) => Ok(mount),
-        // In a user namespace sysfs cannot be made anew without a network namespace of its own; the
-        // guest's shows the same devices.
-        Err(Errno::EPERM) if fs.as_c_str() == c"sysfs" => {
-            sys::open_tree(AT_FDCWD, c"/sys", true).step(|| "copy /sys".into())
-        }
+        Err(Errno::EPERM) if fs.as_c_str() == c"sysfs" => guests_sysfs(),
         Err(errno) => Err(LaunchError::text(format!(
             "{name}: {}{}",
             describe(errno),
             complaint(&context)
         ))),
     }
+}
+
+/// In a user namespace sysfs cannot be made anew without a network namespace of its own; the guest's shows
+/// the same devices.
+fn guests_sysfs() -> Result<OwnedFd, LaunchError> {
+    sys::open_tree(AT_FDCWD, c"/sys", true).step(|| "copy /sys".into())
 }
 
 /// What the file system itself says of the failure (fsopen(2), retrieving diagnostics).

@@ -7,6 +7,7 @@ on_every_containerd!(
     the_host_name_is_as_asked,
     capabilities_are_as_asked,
     limits_are_in_the_containers_cgroup,
+    a_container_in_a_user_namespace_has_its_files,
     the_default_seccomp_profile_refuses,
     masked_paths_are_empty_and_proc_sys_is_read_only,
     a_container_over_its_memory_limit_is_killed,
@@ -100,6 +101,16 @@ mod bodies {
         let read = "cd /sys/fs/cgroup && cat memory.max cpu.max /proc/self/cgroup";
         let out = sh(&env, &all, read);
         assert_eq!(out, "67108864\n50000 100000\n0::/\n");
+        env.assert_clean();
+    }
+
+    pub(super) fn a_container_in_a_user_namespace_has_its_files(version: Version) {
+        need!(assets::complete());
+        let env = Env::new(version).unwrap();
+        let maps = ["--uidmap", "0:1000:10000", "--gidmap", "0:2000:10000"];
+        let script =
+            "id -u; stat -c %u:%g /; echo x > /x && cat /x; tr -s ' ' < /proc/self/uid_map";
+        assert_eq!(sh(&env, &maps, script), "0\n0:0\nx\n 0 1000 10000\n");
         env.assert_clean();
     }
 
