@@ -20,8 +20,8 @@ fi
 # what counts comes after the thread's own seccomp(SECCOMP_SET_MODE_FILTER = 1).
 record() {
     echo "# What confined threads were seen to do: vmm/seen.sh makes this."
-    sed -nE 's/^([0-9]+)<(vcpu|devices|main|sealpod-vmm)[0-9]*> ([a-z0-9_]+)\(([^,)]*)(, (0x[0-9a-f]+))?.*/\1 \2 \3 \4 \6/p' "$@" | awk '
-        { kind = $2 == "sealpod-vmm" ? "main" : $2 }
+    sed -nE 's/^([0-9]+)<(vcpu|devices|disks|main|sealpod-vmm)[0-9]*> ([a-z0-9_]+)\(([^,)]*)(, (0x[0-9a-f]+))?.*/\1 \2 \3 \4 \6/p' "$@" | awk '
+        { kind = $2 == "sealpod-vmm" ? "main" : $2 == "disks" ? "devices" : $2 }
         $3 == "seccomp" { if ($4 == "0x1") confined[$1] = 1; next }
         confined[$1] { print kind, $3 ($3 == "ioctl" ? " " $5 : "") }' |
         LC_ALL=C sort -u

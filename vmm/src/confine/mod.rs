@@ -28,7 +28,7 @@ pub const FORBIDDEN: i32 = 128 + libc::SIGSYS;
 pub enum Thread {
     /// Serves the shim, plugs devices, sees to the end.
     Main,
-    /// Serves the devices.
+    /// Serves devices: disks, or all others.
     Devices,
     /// Runs a virtual processor.
     Vcpu,

@@ -18,6 +18,7 @@ mod mptable;
 mod parts;
 mod saved;
 mod serial;
+mod serving;
 mod vcpu;
 
 use std::fmt::Write;
@@ -33,9 +34,10 @@ pub use saved::Restore;
 
 use crate::confine;
 use crate::mmio::Transport;
-use crate::virtio::{Device, EventLoop};
+use crate::virtio::Device;
 use bus::{Bus, lock};
 use parts::Parts;
+use serving::Serving;
 use vcpu::Vcpus;
 
 /// Queues of a device that is plugged in later: a network device's pair and its control queue.
@@ -164,7 +166,7 @@ impl Error {
 pub struct Machine {
     vcpus: Vcpus,
     bus: Arc<Bus>,
-    events: Arc<EventLoop>,
+    serving: Serving,
     memory: GuestMemoryMmap,
     kvm: Kvm,
     // Last: what runs in it is gone by then.
@@ -204,14 +206,14 @@ impl Machine {
 
     /// Lets the processors run. Idempotent.
     pub fn resume(&self) {
-        self.events.resume();
+        self.serving.resume();
         self.vcpus.resume();
     }
 
     /// Stops processors and devices where they are. Idempotent.
     pub fn pause(&self) {
         self.vcpus.pause();
-        self.events.pause();
+        self.serving.pause();
     }
 
     /// Plugs a device into a spare slot; returns the slot, by which it is taken out again. The guest
@@ -224,11 +226,11 @@ impl Machine {
         let free = |(_, slot): &(usize, MutexGuard<'_, Transport>)| slot.is_empty();
         let found = slots.iter().map(lock).enumerate().find(free);
         let (index, mut slot) = found.ok_or(Error::NoSlot(slots.len()))?;
-        let watch = self.events.attach(Arc::clone(&device));
-        if slot.plug(device, watch.clone()) {
+        let watch = self.serving.attach(&device);
+        if slot.plug(Arc::clone(&device), watch.clone()) {
             return Ok(index);
         }
-        self.events.detach(&watch);
+        self.serving.detach(&device, &watch);
         Err(Error::Queues)
     }
 
@@ -241,16 +243,16 @@ impl Machine {
     /// Takes a device out of its slot; a driver that still uses it gets no answers. Idempotent.
     pub fn unplug(&self, slot: usize) {
         let taken = (self.bus.slots.get(slot)).and_then(|slot| lock(slot).unplug());
-        if let Some((_, watch)) = taken {
-            self.events.detach(&watch);
+        if let Some((device, watch)) = taken {
+            self.serving.detach(&device, &watch);
         }
     }
 
     /// Ends it. Idempotent: returns when no processor and no device does anything any more.
     pub fn stop(&self) {
         self.vcpus.stop();
-        self.events.pause();
-        self.events.stop();
+        self.serving.pause();
+        self.serving.stop();
         self.bus.flush_console();
     }
 }

@@ -2,29 +2,26 @@
 //! bus and slots. The processors have no state yet; giving them one is `cpu`'s, or `saved`'s.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex, mpsc};
-use std::thread;
+use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::Bus;
+use super::serving::Serving;
 use super::vcpu::Vcpus;
 use super::{End, Error, Machine, layout, serial};
 use crate::confine;
 use crate::mmio::{INTERRUPT_ACK, Page, QUEUE_NOTIFY, Transport, USED_BUFFER};
-use crate::virtio::{Device, EventLoop, Memory};
-
-/// The thread that serves the devices needs little.
-const STACK: usize = 256 * 1024;
+use crate::virtio::{Device, Memory};
 
 /// A machine whose processors have no state yet.
 pub(super) struct Parts {
     pub(super) kvm: Kvm,
     pub(super) vm: VmFd,
     pub(super) memory: GuestMemoryMmap,
-    pub(super) events: Arc<EventLoop>,
+    pub(super) serving: Serving,
     pub(super) bus: Arc<Bus>,
     pub(super) cpus: Vec<VcpuFd>,
 }
@@ -49,13 +46,13 @@ impl Parts {
             .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.create_irq_chip()
             .map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
-        let events = Arc::new(EventLoop::new()?);
+        let serving = Serving::new()?;
         let irq = serial::Line(irqfd(&vm, layout::SERIAL_IRQ)?);
         let console = serial::console(irq, serial::Sink::new(console), uart)
             .map_err(Error::io("restore the console"))?;
         let shared = Memory::new(memory.clone());
         let pages = give_pages(&vm, memory.num_regions(), slots.len())?;
-        let bus = Arc::new(build_bus(&vm, &shared, &events, console, slots, pages)?);
+        let bus = Arc::new(build_bus(&vm, &shared, &serving, console, slots, pages)?);
         let vcpu = |id: u32| {
             vm.create_vcpu(id.into())
                 .map_err(Error::kvm("KVM_CREATE_VCPU"))
@@ -65,7 +62,7 @@ impl Parts {
             kvm,
             vm,
             memory,
-            events,
+            serving,
             bus,
             cpus,
         })
@@ -86,43 +83,19 @@ impl Parts {
             ended(end);
         };
         let vcpus = Vcpus::start(self.cpus, &self.bus, confined, ended)?;
-        serve(Arc::clone(&self.events), confined)?;
+        self.serving.start(confined)?;
         if confined {
             confine::thread(confine::Thread::Main)?;
         }
         Ok(Machine {
             vcpus,
             bus: self.bus,
-            events: self.events,
+            serving: self.serving,
             memory: self.memory,
             kvm: self.kvm,
             vm: self.vm,
         })
     }
-}
-
-/// Starts the thread that serves the devices.
-fn serve(events: Arc<EventLoop>, confined: bool) -> Result<(), Error> {
-    let (tell, told) = mpsc::sync_channel(1);
-    let body = move || {
-        let ready = match confined {
-            true => confine::thread(confine::Thread::Devices),
-            false => Ok(()),
-        };
-        let go = ready.is_ok();
-        // Whoever started it waits for this.
-        let _ = tell.send(ready);
-        if go && let Err(e) = events.run() {
-            tracing::error!("The VM's devices stop: {e}");
-        }
-    };
-    thread::Builder::new()
-        .name("devices".into())
-        .stack_size(STACK)
-        .spawn(body)
-        .map_err(Error::io("start the devices' thread"))?;
-    let ended = |_| Error::Cpu("the devices' thread ended".into());
-    Ok(told.recv().map_err(ended)??)
 }
 
 /// Gives KVM the guest's memory.
@@ -183,7 +156,7 @@ fn irqfd(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
 fn build_bus(
     vm: &VmFd,
     memory: &Memory,
-    events: &EventLoop,
+    serving: &Serving,
     console: serial::Console,
     plans: Vec<SlotPlan>,
     pages: &'static [Page],
@@ -206,7 +179,7 @@ fn build_bus(
         let irq = irqfd(vm, layout::irq(index))?;
         let mut slot = Transport::new(memory.clone(), irq, kicks, page);
         if let Some(device) = device {
-            let watch = events.attach(Arc::clone(&device));
+            let watch = serving.attach(&device);
             slot.plug(device, watch);
         }
         slots.push(Mutex::new(slot));
