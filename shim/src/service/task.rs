@@ -24,6 +24,7 @@ use crate::{
     error::{Error, Kind},
     io::Uris,
     pod::Pod,
+    spec,
 };
 
 /// Type of a process's details in `Pids`, as containerd's runc options define it (exec_id = 1).
@@ -43,14 +44,16 @@ impl TaskService {
     }
 }
 
-/// The JSON value of an `Any`, checked to be a `T`.
+/// The JSON value of an `Any`, checked to be a `T` and made one for the guest.
 fn json<T: serde::de::DeserializeOwned + Serialize>(
     what: &str,
     any: Option<&Any>,
+    translate: impl FnOnce(&mut T),
 ) -> Result<Vec<u8>> {
     let any = any.ok_or_else(|| Error::invalid(format!("{what} is missing")))?;
-    let typed: T = serde_json::from_slice(&any.value)
+    let mut typed: T = serde_json::from_slice(&any.value)
         .map_err(|e| Error::invalid(format!("{what} ({}) cannot be read: {e}", any.type_url)))?;
+    translate(&mut typed);
     let text = serde_json::to_vec(&typed);
     Ok(text.map_err(|e| Error::invalid(format!("{what}: {e}")))?)
 }
@@ -166,7 +169,8 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, r: ExecProcessRequest) -> Result<Empty> {
-        let spec = json::<oci_spec::runtime::Process>("The process to execute", r.spec.as_ref())?;
+        let as_it_is = |_: &mut oci_spec::runtime::Process| {};
+        let spec = json("The process to execute", r.spec.as_ref(), as_it_is)?;
         let uris = Uris {
             stdin: r.stdin,
             stdout: r.stdout,
@@ -195,9 +199,10 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, r: UpdateTaskRequest) -> Result<Empty> {
         let task = self.task(&r.id).await?;
-        let resources = json::<oci_spec::runtime::LinuxResources>(
+        let resources = json(
             "The resources to set",
             r.resources.as_ref(),
+            spec::translate_update,
         )?;
         task.update(resources).await?;
         Ok(Empty::new())

@@ -20,7 +20,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 pub use devices::BlockDevice;
 pub use memory::{Folder, MemoryVolume};
 pub use mounts::{HostMount, HostSource, ReadOnly, VOLUMES_DIR, pod_shm_bytes};
-pub use translate::{GuestSpec, PidNamespace, translate};
+pub use translate::{GuestSpec, PidNamespace, translate, translate_update};
 
 /// Largest `config.json` that is read. What reaches the guest is bounded by [`translate::SPEC_MAX`].
 const CONFIG_MAX: u64 = 16 << 20;

@@ -11,7 +11,7 @@
 
 use std::path::Path;
 
-use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, LinuxResources, Spec};
 
 use super::{BlockDevice, Error, HostMount, MemoryVolume, devices, mounts, namespace};
 
@@ -147,13 +147,8 @@ fn guest_linux(linux: &mut Linux) -> Result<(), Error> {
         .set_mount_label(None)
         .set_intel_rdt(None)
         .set_net_devices(None);
-    // CPUs and NUMA nodes are numbered by the host; the guest has its own few.
-    if let Some(cpu) = linux
-        .resources_mut()
-        .as_mut()
-        .and_then(|r| r.cpu_mut().as_mut())
-    {
-        cpu.set_cpus(None).set_mems(None);
+    if let Some(resources) = linux.resources_mut() {
+        without_host_cpus(resources);
     }
     if let Some(seccomp) = linux.seccomp()
         && seccomp.listener_path().is_some()
@@ -163,6 +158,20 @@ fn guest_linux(linux: &mut Linux) -> Result<(), Error> {
         ));
     }
     Ok(())
+}
+
+/// CPUs and NUMA nodes are numbered by the host; the guest has its own few.
+fn without_host_cpus(resources: &mut LinuxResources) {
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None).set_mems(None);
+    }
+}
+
+/// Makes an update of a container's limits one for the guest. As with runc it changes no device: the rules
+/// that a client repeats are the host's, and know nothing of disks that were attached.
+pub fn translate_update(resources: &mut LinuxResources) {
+    without_host_cpus(resources);
+    resources.set_devices(None);
 }
 
 /// What is left of the hooks for the guest: those whose paths are the container's.

@@ -14,7 +14,7 @@ on_every_cri!(
 mod bodies {
     use std::{os::unix::fs::symlink, path::Path, process::Command};
 
-    use k8s_cri::v1::{Device, Mount, MountPropagation};
+    use k8s_cri::v1::{Device, LinuxContainerResources, Mount, MountPropagation};
     use sealpod_tests::{Env, Version, assets, cri::Cri, need};
 
     fn mount(host: &Path, container: &str, readonly: bool) -> Mount {
@@ -188,6 +188,12 @@ mod bodies {
             &c,
             "printf written | dd of=/dev/xvdz bs=1 seek=1048576 conv=fsync 2>/dev/null",
         );
+        let limits = LinuxContainerResources {
+            memory_limit_in_bytes: 64 << 20,
+            ..Default::default()
+        };
+        cri.update(&c, limits).unwrap();
+        assert_eq!(cri.sh(&c, "head -c 5 /dev/xvdz"), "begin");
         cri.remove_pod(&pod).unwrap();
         drop(device);
         let after = std::fs::read(&file).unwrap();

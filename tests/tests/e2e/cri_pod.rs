@@ -219,6 +219,8 @@ mod bodies {
             memory_limit_in_bytes: mib << 20,
             cpu_quota: quota,
             cpu_period: 100_000,
+            // The host's numbers: the guest has not as many.
+            cpuset_cpus: "1".into(),
             ..Default::default()
         };
         let c = cri
