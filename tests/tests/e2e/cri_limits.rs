@@ -206,6 +206,12 @@ mod bodies {
                 > 0
         );
         assert!(linux.memory.as_ref().unwrap().usage_bytes.unwrap().value > 0);
+        // A sandbox container counts for the whole pod; with the Sandbox API there is none.
+        if version != Version::V2_1Sandbox {
+            let metrics = ["task", "metrics", &pod.id];
+            let metrics = env.ctr_in(sealpod_tests::cri::NAMESPACE, &metrics).ok();
+            assert!(metrics.stdout.contains("memory"), "{}", metrics.text());
+        }
         cri.remove_pod(&pod).unwrap();
         env.assert_clean();
     }
