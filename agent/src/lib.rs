@@ -4,6 +4,7 @@
 //! One thread: a current-thread runtime without a blocking pool (see [`launch`] for why), so nothing
 //! here may block for long.
 
+pub mod apart;
 pub mod attest;
 pub mod boot;
 pub mod cgroup;

@@ -116,7 +116,7 @@ impl Inner {
     async fn revoke(&self, ids: &[String]) -> Result<()> {
         let closed = self.attestor.close(ids);
         if ids.is_empty() || !closed.as_ref().is_ok_and(Vec::is_empty) {
-            self.containers.freeze_with_devices().await;
+            self.containers.freeze(true).await;
         }
         let mut devices = closed.map_err(attest_error)?;
         let here = ids
@@ -204,6 +204,7 @@ impl Agent for Service {
         request: CreateContainerRequest,
     ) -> Result<CreateContainerResponse> {
         check_id("container", &request.container_id)?;
+        self.0.attestor.may_run().map_err(attest_error)?;
         let this = self.clone();
         to_the_end(async move {
             let devices = this.0.admitted(&request)?;
@@ -223,6 +224,7 @@ impl Agent for Service {
 
     async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         check_id("container", &request.container_id)?;
+        self.0.attestor.may_run().map_err(attest_error)?;
         let container = self
             .0
             .containers
@@ -249,6 +251,7 @@ impl Agent for Service {
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> Result<ExecResponse> {
         check_id("container", &request.container_id)?;
         check_id("exec", &request.exec_id)?;
+        self.0.attestor.may_run().map_err(attest_error)?;
         let this = self.clone();
         to_the_end(async move {
             let pid = this
@@ -378,6 +381,7 @@ impl Agent for Service {
 
     async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         check_id("container", &request.container_id)?;
+        self.0.attestor.may_run().map_err(attest_error)?;
         let container = self
             .0
             .containers
@@ -441,8 +445,10 @@ impl Agent for Service {
             // Renewed in time, another lease counts then.
             tokio::spawn(async move {
                 tokio::time::sleep_until(lease.until).await;
-                if this.0.attestor.holds(&lease) {
-                    log!("the lease of the devices has ended");
+                if this.0.attestor.end(&lease) {
+                    log!("the lease has ended");
+                    // One that is for no device is the pod's itself.
+                    this.0.containers.freeze(!request.devices.is_empty()).await;
                     let _ = this.0.revoke(&[]).await;
                 }
             });

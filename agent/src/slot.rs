@@ -1,19 +1,17 @@
 //! Slots of the guest's devices: a hot-plug slot that is powered down is empty at once, one that the host
 //! asks for gives people 5 s to press its button again (PCIe base specification, 6.7.1.5). Writes to
 //! sysfs from a process of its own: the kernel answers after a second, and the agent has one thread that
-//! must stay the only one ([`crate::sys::fork`]).
+//! must stay the only one ([`apart`]).
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use nix::fcntl::OFlag;
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe;
+use crate::apart;
 
-use crate::sys;
-
+/// How long the kernel may take.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Where the kernel has its slots.
 pub const SLOTS: &str = "/sys/bus/pci/slots";
 
@@ -42,20 +40,12 @@ pub async fn power_down(slot: &Path) -> io::Result<()> {
 /// # Errors
 /// What the kernel says; `EDEADLK` where the agent has a second thread.
 pub async fn write(path: &Path, text: &str) -> io::Result<()> {
-    let (answer, answers) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-    if let sys::Fork::Child = sys::fork(0, None)? {
-        // Streams whose end somebody waits for are not to be held open here.
-        let _ = sys::close_all_but(&mut [answers.as_raw_fd()]);
-        let errno = fs::write(path, text).map_or_else(|e| e.raw_os_error().unwrap_or(0xff), |()| 0);
-        let _ = nix::unistd::write(&answers, &[u8::try_from(errno).unwrap_or(0xff)]);
-        sys::exit_now(0);
-    }
-    drop(answers);
-    // One that was killed has said nothing: the end of the file is an error.
-    match pipe::Receiver::from_owned_fd(answer)?.read_u8().await? {
-        0 => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(errno.into())),
-    }
+    let work = || match fs::write(path, text) {
+        Ok(()) => Ok(Vec::new()),
+        Err(e) => Err(e.to_string()),
+    };
+    let written = apart::run(0, PATIENCE, work).await;
+    written.map(drop).map_err(io::Error::other)
 }
 
 #[cfg(test)]

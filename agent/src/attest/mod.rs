@@ -11,6 +11,7 @@
 //! by the guest's own clock that nobody sets.
 
 pub mod device;
+pub mod driver;
 mod gate;
 mod source;
 pub mod tsm;
@@ -88,6 +89,8 @@ struct State {
     key: Option<EphemeralKey>,
     asked: Option<Asked>,
     lease: u64,
+    /// The last lease has ended by itself: nothing runs until there is another.
+    ended: bool,
 }
 
 /// How long devices stay admitted.
@@ -264,16 +267,31 @@ impl Attestor {
         opened.map_err(|errno| closed(format!("the device filter was not changed: {errno}")))?;
         let mut state = self.state();
         state.lease += 1;
+        state.ended = false;
         Ok(Lease {
             until,
             number: state.lease,
         })
     }
 
-    /// Whether this is the lease that counts.
+    /// Ends this lease, if it is the one that counts. Nothing runs from then on until there is another:
+    /// what the host asks for is refused.
     #[must_use]
-    pub fn holds(&self, lease: &Lease) -> bool {
-        self.state().lease == lease.number
+    pub fn end(&self, lease: &Lease) -> bool {
+        let mut state = self.state();
+        state.ended |= state.lease == lease.number;
+        state.lease == lease.number
+    }
+
+    /// Whether anything may run: there was no lease, or it lasts.
+    ///
+    /// # Errors
+    /// [`AttestError::Closed`].
+    pub fn may_run(&self) -> Result<(), AttestError> {
+        match self.state().ended {
+            true => Err(AttestError::Closed("the pod's lease has ended".into())),
+            false => Ok(()),
+        }
     }
 
     /// Closes the gate for the devices of these ids, for all where none is named. Returns those of them

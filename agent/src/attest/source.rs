@@ -1,37 +1,35 @@
-//! Where this guest's evidence comes from: the kernel's configfs-tsm, the older `/dev/sev-guest`, or,
-//! in a guest without a TEE, the shim's simulator. Which one it is the guest finds out by itself; the
-//! host cannot choose a weaker one.
+//! Where this guest's evidence comes from: the kernel's configfs-tsm, the TEE's older driver
+//! ([`super::driver`]), or, in a guest without a TEE, the shim's simulator. Which one it is the guest finds
+//! out by itself; the host cannot choose a weaker one.
 
 use std::io;
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
-use sealpod_attestation::evidence::{MAX_EVENT_LOG, Tee};
+use sealpod_attestation::evidence::{MAX_CERTIFICATES, MAX_EVENT_LOG, MAX_REPORT, Tee};
 use sealpod_attestation::init_data;
 use sealpod_protocol::SIMULATOR_PORT;
 use sealpod_protocol::simulator::{self, Ask, Request};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
+use super::driver::{self, SEV_GUEST, SNP_REPORT, TDX_GUEST};
 use super::tsm::{self, Configfs};
-use crate::{cgroup, sys};
+use crate::apart::{self, ApartError};
+use crate::cgroup;
 
-/// Driver of SNP guests before configfs-tsm.
-const SEV_GUEST: &str = "/dev/sev-guest";
-/// Driver of TDX guests. By itself it gives a report that only this machine can check.
-const TDX_GUEST: &str = "/dev/tdx_guest";
+/// Longest answer of configfs-tsm.
+const ANSWER_MAX: usize = MAX_REPORT + MAX_CERTIFICATES + 8;
 /// The firmware's event log in a TD (ACPI table CCEL).
 const EVENT_LOG: &str = "/sys/firmware/acpi/tables/data/CCEL";
-/// Length of an SNP report (SEV-SNP ABI, table 23). A quote, which carries its chain, is longer.
-const SNP_REPORT: usize = 1184;
 /// HOST_DATA of an SNP report (SEV-SNP ABI, table 23).
 const HOST_DATA: std::ops::Range<usize> = 0xC0..0xE0;
 /// MRCONFIGID of a quote's body (TDX DCAP, quote formats 4 and 5): after the header and the fields
 /// before it; version 5 has six bytes of body descriptor in between.
 const MR_CONFIG_ID: usize = 48 + 184;
 const BODY_DESCRIPTOR: usize = 6;
-/// How long the simulator may take.
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+/// How long a TEE, or the simulator, may take: a quote is made by a service of the host.
+pub(super) const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
 
 /// Evidence that could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -52,9 +50,15 @@ pub enum SourceError {
     Disturbed,
     /// There is nothing to ask.
     #[error(
-        "This guest has no TEE (no {SEV_GUEST}, no {TDX_GUEST}) and no simulator stands in for one"
+        "This guest has no TEE (no {SEV_GUEST}, no {}) and no simulator stands in for one", TDX_GUEST[0]
     )]
     NoTee,
+    /// The TEE's interface, as it told in a process of its own.
+    #[error(transparent)]
+    Apart(#[from] ApartError),
+    /// What the TEE's driver gave is none of its reports.
+    #[error("The TEE's driver gave {0} bytes that are no report over what was asked")]
+    Length(usize),
     /// The simulator's answer is none.
     #[error("The simulator refused, or sent no answer")]
     Simulator,
@@ -115,6 +119,8 @@ pub enum Source {
     Tsm,
     /// `/dev/sev-guest`.
     SevGuest,
+    /// The driver of a TD.
+    TdxGuest,
     /// The shim's simulator, and the key that it answers to.
     Simulator([u8; simulator::KEY_LEN]),
 }
@@ -126,7 +132,7 @@ impl Source {
     /// [`SourceError::NoTee`].
     pub fn find(key: &[u8]) -> Result<Self, SourceError> {
         let exists = |path: &str| Path::new(path).exists();
-        let (sev, tdx) = (exists(SEV_GUEST), exists(TDX_GUEST));
+        let (sev, tdx) = (exists(SEV_GUEST), TDX_GUEST.into_iter().any(exists));
         if sev || tdx {
             if exists(tsm::CONFIGFS) {
                 // Mounted already, or there is none: told by what is below.
@@ -142,18 +148,13 @@ impl Source {
             if Path::new(tsm::CONFIGFS).join(tsm::REPORTS).is_dir() {
                 return Ok(Self::Tsm);
             }
-            // A TD without configfs-tsm has no quote: the guest's kernel is too old for this agent.
-            return if sev {
-                Ok(Self::SevGuest)
-            } else {
-                Err(SourceError::NoTee)
-            };
+            return Ok(if sev { Self::SevGuest } else { Self::TdxGuest });
         }
         let key = key.try_into().map_err(|_| SourceError::NoTee)?;
         Ok(Self::Simulator(key))
     }
 
-    /// Evidence of the CPU over `data`. A TEE's own interface blocks the agent for as long as it takes.
+    /// Evidence of the CPU over `data`.
     ///
     /// # Errors
     /// [`SourceError`].
@@ -161,17 +162,26 @@ impl Source {
         match self {
             Self::Tsm => {
                 let root = Path::new(tsm::CONFIGFS).join(tsm::REPORTS);
-                let mut evidence = tsm::report(&Configfs(root), data)?;
-                if evidence.tee == Tee::Tdx {
-                    evidence.event_log = event_log();
-                }
-                Ok(evidence)
+                // The kernel answers when the TEE has, which is not to hold up the agent.
+                let work = || match tsm::report(&Configfs(root), data) {
+                    Ok(evidence) => Ok(simulator::answer(&evidence.report, &evidence.endorsements)),
+                    Err(e) => Err(e.to_string()),
+                };
+                let answer = apart::run(ANSWER_MAX, PATIENCE, work).await?;
+                let (report, second) =
+                    simulator::blobs(&answer).ok_or(SourceError::Length(answer.len()))?;
+                Ok(with_event_log(by_length(report, second)))
             }
-            Self::SevGuest => sev_guest(data),
+            Self::SevGuest => driver::snp(data).await,
+            Self::TdxGuest => driver::tdx(data).await.map(with_event_log),
             Self::Simulator(key) => {
                 let ask = Ask::Report(*data);
                 let (report, second) = ask_simulator(key, ask).await?;
-                Ok(simulated(report, second))
+                let mut evidence = by_length(report, second);
+                if evidence.tee == Tee::Tdx {
+                    evidence.event_log = std::mem::take(&mut evidence.endorsements);
+                }
+                Ok(evidence)
             }
         }
     }
@@ -193,19 +203,27 @@ impl Source {
     }
 }
 
-/// What the simulator answered: a report and its certificate table, or a quote and its event log.
-fn simulated(report: Vec<u8>, second: Vec<u8>) -> CpuEvidence {
-    let (tee, endorsements, event_log) = if report.len() == SNP_REPORT {
-        (Tee::Snp, second, Vec::new())
+/// A report and its certificate table, or a quote and what came with it.
+fn by_length(report: Vec<u8>, endorsements: Vec<u8>) -> CpuEvidence {
+    let tee = if report.len() == SNP_REPORT {
+        Tee::Snp
     } else {
-        (Tee::Tdx, Vec::new(), second)
+        Tee::Tdx
     };
     CpuEvidence {
         tee,
         report,
         endorsements,
-        event_log,
+        event_log: Vec::new(),
     }
+}
+
+/// Adds a TD's event log.
+fn with_event_log(mut evidence: CpuEvidence) -> CpuEvidence {
+    if evidence.tee == Tee::Tdx {
+        evidence.event_log = event_log();
+    }
+    evidence
 }
 
 fn event_log() -> Vec<u8> {
@@ -215,23 +233,6 @@ fn event_log() -> Vec<u8> {
         .and_then(|f| f.take(MAX_EVENT_LOG as u64).read_to_end(&mut log));
     // A TD that was booted directly has none; what the verifier needs it says.
     read.map(|_| log).unwrap_or_default()
-}
-
-fn sev_guest(data: &[u8; 64]) -> Result<CpuEvidence, SourceError> {
-    let step = |what: &'static str| move |source| SourceError::Step { what, source };
-    let device = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(SEV_GUEST)
-        .map_err(step("open /dev/sev-guest"))?;
-    let (report, endorsements) = sys::snp_extended_report(&device, data)
-        .map_err(|errno| step("get a report of /dev/sev-guest")(errno.into()))?;
-    Ok(CpuEvidence {
-        tee: Tee::Snp,
-        report,
-        endorsements,
-        event_log: Vec::new(),
-    })
 }
 
 async fn ask_simulator(
@@ -260,7 +261,7 @@ async fn exchange(
 
 /// Drivers whose device no container gets, privileged or not: who can open it can be attested as this
 /// guest.
-pub(super) const TEE_DRIVERS: [&str; 2] = ["sev-guest", "tdx_guest"];
+pub(super) const TEE_DRIVERS: [&str; 3] = ["sev-guest", "tdx_guest", "tdx-guest"];
 
 /// Small text file of the kernel, or nothing.
 pub(super) fn text(path: &Path) -> String {
@@ -315,19 +316,10 @@ mod tests {
     }
 
     #[test]
-    fn a_simulated_quote_comes_with_its_event_log_and_a_report_with_its_table() {
-        let snp = simulated(vec![0; SNP_REPORT], b"table".to_vec());
-        assert_eq!(snp.tee, Tee::Snp);
-        assert_eq!(
-            (&snp.endorsements[..], &snp.event_log[..]),
-            (&b"table"[..], &b""[..])
-        );
-        let tdx = simulated(vec![0; 5000], b"log".to_vec());
-        assert_eq!(tdx.tee, Tee::Tdx);
-        assert_eq!(
-            (&tdx.endorsements[..], &tdx.event_log[..]),
-            (&b""[..], &b"log"[..])
-        );
+    fn a_report_is_told_from_a_quote_by_its_length() {
+        let snp = by_length(vec![0; SNP_REPORT], b"table".to_vec());
+        assert_eq!((snp.tee, &snp.endorsements[..]), (Tee::Snp, &b"table"[..]));
+        assert_eq!(by_length(vec![0; 5000], Vec::new()).tee, Tee::Tdx);
     }
 
     #[tokio::test]
@@ -356,7 +348,10 @@ mod tests {
     #[test]
     fn without_a_tee_and_without_a_key_there_is_no_evidence() {
         // The machine that tests this may be a confidential guest; then it has a source.
-        if !Path::new(SEV_GUEST).exists() && !Path::new(TDX_GUEST).exists() {
+        if ![SEV_GUEST, TDX_GUEST[0]]
+            .iter()
+            .any(|d| Path::new(d).exists())
+        {
             assert!(matches!(Source::find(&[]), Err(SourceError::NoTee)));
             assert!(matches!(Source::find(&[1; 31]), Err(SourceError::NoTee)));
             assert_eq!(

@@ -277,14 +277,14 @@ impl Containers {
         Ok(())
     }
 
-    /// Stops every container that has an admitted device, if it does not stand still already; one that does
-    /// not stop dies.
-    pub async fn freeze_with_devices(&self) {
+    /// Stops every container, or every one that has an admitted device, if it does not stand still already;
+    /// one that does not stop dies.
+    pub async fn freeze(&self, with_devices: bool) {
         let all: Vec<_> = lock(&self.table).values().flatten().cloned().collect();
-        let with_devices = |c: &&Arc<Container>| c.has_admitted_devices && !c.is_paused();
-        for container in all.iter().filter(with_devices) {
+        let meant = |c: &&Arc<Container>| c.has_admitted_devices || !with_devices;
+        for container in all.iter().filter(meant).filter(|c| !c.is_paused()) {
             if container.pause().await.is_err() && container.cgroup.kill().is_err() {
-                crate::log!("a container with devices neither stops nor dies");
+                crate::log!("a container neither stops nor dies");
             }
         }
     }

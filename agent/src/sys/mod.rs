@@ -7,12 +7,10 @@
 
 mod filter;
 mod mount;
-mod sev;
 mod terminal;
 
 pub use filter::*;
 pub use mount::*;
-pub use sev::*;
 pub use terminal::*;
 
 use std::ffi::{CStr, CString};
@@ -131,6 +129,16 @@ pub fn setns(fd: BorrowedFd<'_>, flags: libc::c_int) -> Result<()> {
 pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
     // SAFETY: two integers.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// Sends a signal to the process that a pidfd stands for.
+///
+/// # Errors
+/// `ESRCH` when it has ended.
+pub fn kill_by(pidfd: &OwnedFd, signal: libc::c_int) -> Result<()> {
+    let (fd, none) = (pidfd.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: a descriptor, a number, and no siginfo.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, 0) }).map(drop)
 }
 
 /// Closes every descriptor from 3 up that is not in `keep`.
