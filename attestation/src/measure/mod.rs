@@ -9,9 +9,9 @@ mod tdx;
 mod vmsa;
 
 pub use hashes::KernelHashes;
-pub use ovmf::{Ovmf, OvmfError, Section, SectionKind, stand_in};
+pub use ovmf::{Ovmf, OvmfError, Section, SectionKind, stand_in, stand_in_td};
 pub use tdx::{mr_td, rtmr1, rtmr1_of, rtmr2};
-pub use vmsa::{CpuType, MAX_VCPUS};
+pub use vmsa::{CpuType, CpuTypeError, MAX_VCPUS};
 
 use crate::crypto::sha384;
 
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_is_the_one_other_tools_compute() {
+    fn the_snp_launch_digest_is_the_one_that_the_crate_sev_computes() {
         // As computed by the crate `sev` 8.0.0 for the same image, files and settings.
         let expected = "5808cda09d4db896b9a2b4614c923ac931af6c76c45d9d91800da231a31ff375a0b5ff906b348801c1d953a52f132d01";
         assert_eq!(

@@ -235,6 +235,35 @@ pub fn stand_in() -> Vec<u8> {
     two_pages(&metadata, table)
 }
 
+/// The same for a TD: the image itself, which is measured, and the pages for what the hypervisor says to it.
+/// All that is measured of real firmware is measured of it, by the same code.
+#[must_use]
+pub fn stand_in_td() -> Vec<u8> {
+    let metadata = tdx_sections(&[
+        (0, 0x2000, 0xffff_e000, 0x2000, 1),
+        (0, 0, 0x80_9000, 0x2000, 0),
+    ]);
+    two_pages(&metadata, entry(&0x1000u32.to_le_bytes(), TDX_METADATA))
+}
+
+/// TDX metadata with these sections: offset and bytes in the image, address and bytes in the guest, attributes.
+fn tdx_sections(sections: &[(u32, u32, u64, u64, u32)]) -> Vec<u8> {
+    let count = sections.len() as u32;
+    let mut metadata = b"TDVF".to_vec();
+    for word in [16 + count * 32, 1, count] {
+        metadata.extend(word.to_le_bytes());
+    }
+    for (offset, raw, gpa, size, attributes) in sections {
+        metadata.extend(offset.to_le_bytes());
+        metadata.extend(raw.to_le_bytes());
+        metadata.extend(gpa.to_le_bytes());
+        metadata.extend(size.to_le_bytes());
+        metadata.extend([0; 4]);
+        metadata.extend(attributes.to_le_bytes());
+    }
+    metadata
+}
+
 /// An entry of the table: data, length, GUID.
 fn entry(data: &[u8], id: u128) -> Vec<u8> {
     let [a, b, c, d, e, f, g, h, rest @ ..] = id.to_be_bytes();
@@ -264,9 +293,12 @@ fn two_pages(metadata: &[u8], mut table: Vec<u8>) -> Vec<u8> {
 pub(super) mod tests {
     use super::*;
 
-    /// An image whose first page is not zero, with TDX metadata.
-    pub(in super::super) fn image_with_tdx_metadata(metadata: &[u8]) -> Vec<u8> {
-        let mut image = two_pages(metadata, entry(&0x1000u32.to_le_bytes(), TDX_METADATA));
+    /// An image whose first page is not zero, with TDX metadata of these sections.
+    pub(in super::super) fn image_with_tdx_sections(
+        sections: &[(u32, u32, u64, u64, u32)],
+    ) -> Vec<u8> {
+        let metadata = tdx_sections(sections);
+        let mut image = two_pages(&metadata, entry(&0x1000u32.to_le_bytes(), TDX_METADATA));
         for (n, byte) in image[..4096].iter_mut().enumerate() {
             *byte = (n * 7) as u8;
         }

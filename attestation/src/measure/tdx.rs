@@ -159,23 +159,11 @@ mod tests {
 
     /// Two pages of firmware: one measured section, one of zero pages, one that the guest adds.
     fn image() -> Vec<u8> {
-        let mut metadata = b"TDVF".to_vec();
-        for word in [16 + 3 * 32, 1, 3u32] {
-            metadata.extend(word.to_le_bytes());
-        }
-        for (offset, raw, gpa, size, attributes) in [
-            (0u32, 0x1000u32, 0xffff_f000u64, 0x1000u64, EXTEND),
+        ovmf::tests::image_with_tdx_sections(&[
+            (0, 0x1000, 0xffff_f000, 0x1000, EXTEND),
             (0, 0, 0x80_9000, 0x2000, 0),
             (0, 0, 0x81_0000, 0x1000, PAGE_AUG),
-        ] {
-            metadata.extend(offset.to_le_bytes());
-            metadata.extend(raw.to_le_bytes());
-            metadata.extend(gpa.to_le_bytes());
-            metadata.extend(size.to_le_bytes());
-            metadata.extend([0; 4]);
-            metadata.extend(attributes.to_le_bytes());
-        }
-        ovmf::tests::image_with_tdx_metadata(&metadata)
+        ])
     }
 
     #[test]
@@ -203,6 +191,10 @@ mod tests {
     fn firmware_without_metadata_and_broken_ones_are_refused_or_measured() {
         assert!(mr_td(&ovmf::stand_in()).is_err());
         assert!(mr_td(&[]).is_err());
+        // What stands in for firmware is measured as firmware is.
+        let mut other = ovmf::stand_in_td();
+        other[0] ^= 1;
+        assert_ne!(mr_td(&ovmf::stand_in_td()).unwrap(), mr_td(&other).unwrap());
         let image = image();
         for at in 4096..image.len() {
             let mut broken = image.clone();

@@ -9,6 +9,7 @@ use crate::time::Timestamp;
 use crate::x509::oid as ids;
 
 const BASIC_RESPONSE: &[u8] = &[0x2b, 6, 1, 5, 5, 7, 48, 1, 1];
+const NONCE: &[u8] = &[0x2b, 6, 1, 5, 5, 7, 48, 1, 2];
 const SHA256: &[u8] = &[0x60, 0x86, 0x48, 1, 101, 3, 4, 2, 1];
 /// 2.5.4.5, serialNumber in a name.
 const SERIAL_NUMBER: &[u8] = &[0x55, 4, 5];
@@ -145,6 +146,7 @@ pub(super) fn ocsp(
     issuer: &Entity<'_>,
     answer: Answer,
     window: Window,
+    nonce: Option<&[u8]>,
 ) -> Result<Vec<u8>, SimulateError> {
     let hash = |data: &[u8]| octets(&sha256(data));
     let id = sequence(&[
@@ -159,10 +161,16 @@ pub(super) fn ocsp(
         Answer::Unknown => element(tag::context_primitive(2), &[]),
     };
     let single = sequence(&[&id, &status, &time(window.0), &explicit(0, &time(window.1))]);
+    // What was asked with (RFC 8954): an extension whose value holds the octets.
+    let nonce = nonce.map(|nonce| {
+        let extension = sequence(&[&oid(NONCE), &octets(&octets(nonce))]);
+        explicit(1, &sequence(&[&extension]))
+    });
     let data = sequence(&[
         &explicit(1, &issuer.name),
         &time(window.0),
         &sequence(&[&single]),
+        &nonce.unwrap_or_default(),
     ]);
     let signature = issuer.key.sign(&data)?;
     let basic = sequence(&[&data, &issuer.key.algorithm(), &bits(&signature)]);
@@ -171,4 +179,71 @@ pub(super) fn ocsp(
         &element(tag::ENUMERATED, &[0]),
         &explicit(0, &typed),
     ]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::keys::Kind;
+    use super::*;
+    use crate::ocsp::{OcspError, OcspResponse};
+    use crate::x509;
+
+    #[test]
+    fn a_response_answers_the_nonce_that_was_sent_whole_and_no_other() {
+        let now = Timestamp(1_795_000_000);
+        let window = (Timestamp(now.0 - 3600), Timestamp(now.0 + 3600));
+        let (root_key, leaf_key) = (
+            Key::generate(Kind::P384).unwrap(),
+            Key::generate(Kind::P384).unwrap(),
+        );
+        let (root, leaf) = (
+            Entity::new(&root_key, "root"),
+            Entity::new(&leaf_key, "leaf"),
+        );
+        let certificate = |subject, ca| Certificate {
+            subject,
+            issuer: &root,
+            ca,
+            window,
+            extensions: Vec::new(),
+            zero_serial: false,
+        };
+        let ders =
+            [certificate(&leaf, false), certificate(&root, true)].map(|c| c.issue().unwrap());
+        let chain = x509::parse_all(&ders).unwrap();
+        let sent = [7u8; 32];
+        let check = |carried: Option<&[u8]>, asked: Option<&[u8]>| {
+            let der = ocsp(&leaf, &root, Answer::Good, window, carried).unwrap();
+            let response = OcspResponse::parse(&der).unwrap();
+            response.verify(&chain[0], &chain[1], asked, now)
+        };
+        assert_eq!(check(Some(&sent), Some(&sent)), Ok(window.1));
+        // A stored response counts by its window: nobody asked, whatever it carries.
+        assert_eq!(check(Some(&sent), None), Ok(window.1));
+        assert_eq!(check(None, None), Ok(window.1));
+        // None, another, a part of it, and more than it.
+        let longer = [7u8; 33];
+        for carried in [
+            None,
+            Some(&[8; 32][..]),
+            Some(&sent[..31]),
+            Some(&longer[..]),
+            Some(&[]),
+        ] {
+            assert_eq!(
+                check(carried, Some(&sent)),
+                Err(OcspError::Nonce),
+                "{carried:?}"
+            );
+        }
+        // The nonce is signed: one that was put in later breaks the signature.
+        let mut der = ocsp(&leaf, &root, Answer::Good, window, Some(&[8; 32])).unwrap();
+        let at = der.windows(32).position(|w| w == [8; 32]).unwrap();
+        der[at..at + 32].copy_from_slice(&sent);
+        let forged = OcspResponse::parse(&der).unwrap();
+        assert_eq!(
+            forged.verify(&chain[0], &chain[1], Some(&sent), now),
+            Err(OcspError::Signature)
+        );
+    }
 }

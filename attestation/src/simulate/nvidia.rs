@@ -301,7 +301,7 @@ impl Ca {
                 };
                 let stale = is(Defect::ExpiredCrl) && spoiled;
                 let window = if stale { self.over() } else { self.month() };
-                let response = issue::ocsp(subject, issuer, answer, window)?;
+                let response = issue::ocsp(subject, issuer, answer, window, None)?;
                 responses.push((format!("ocsp-{}-{n}.der", claims.serial), response));
             }
         }
@@ -323,7 +323,7 @@ impl Ca {
         } else {
             Answer::Good
         };
-        let ocsp = issue::ocsp(&signer, &root, answer, self.month())?;
+        let ocsp = issue::ocsp(&signer, &root, answer, self.month(), None)?;
         let mut files = vec![("ocsp-rim.der".to_owned(), ocsp)];
         let mut make = |name: &str, version: &str, indices: &[u8], first: bool| {
             let root = if first && is(Defect::RimRoot) {
