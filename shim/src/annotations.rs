@@ -8,6 +8,7 @@
 //! | `attestation.policy` | `io.sealpod.attestation.policy` | | policy that the pod has to pass |
 //! | `attestation.devices` | `io.sealpod.attestation.devices` | | CDI names, with commas between them |
 //! | `init_data` | `io.sealpod.init_data` | `…hypervisor.cc_init_data` | base64 of gzip of the init-data |
+//! | `confidential` | `io.sealpod.confidential` | `…hypervisor.confidential_guest` | `snp`, `tdx`, `auto`; Kata's: `true` |
 //!
 //! (`…` is `io.katacontainers.config`.) An annotation of either family that is not in this table, or
 //! that the node does not allow, is an error: what is asked for is never left out silently.
@@ -17,7 +18,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{check_kernel_param, device_id},
+    config::{Confidential, check_kernel_param, device_id},
     vm::{MEMORY_MAX_MIB, VCPUS_MAX},
 };
 
@@ -51,17 +52,21 @@ pub enum Name {
     /// What its evidence binds.
     #[serde(rename = "init_data")]
     InitData,
+    /// Its memory is kept from the host.
+    #[serde(rename = "confidential")]
+    Confidential,
 }
 
 impl Name {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Vcpus,
         Self::MemoryMib,
         Self::KernelParams,
         Self::AttestationPolicy,
         Self::AttestationDevices,
         Self::InitData,
+        Self::Confidential,
     ];
 
     /// As the allow-list spells it, which is the annotation without its prefix.
@@ -74,6 +79,7 @@ impl Name {
             Self::AttestationPolicy => "attestation.policy",
             Self::AttestationDevices => "attestation.devices",
             Self::InitData => "init_data",
+            Self::Confidential => "confidential",
         }
     }
 
@@ -86,6 +92,7 @@ impl Name {
             "hypervisor.default_memory" => Some(Self::MemoryMib),
             "hypervisor.kernel_params" => Some(Self::KernelParams),
             "hypervisor.cc_init_data" => Some(Self::InitData),
+            "hypervisor.confidential_guest" => Some(Self::Confidential),
             _ => None,
         }
     }
@@ -106,6 +113,8 @@ pub struct Wishes {
     pub devices: Vec<String>,
     /// Init-data, raw.
     pub init_data: Option<Vec<u8>>,
+    /// How its memory is kept from the host; never less than what the node wants.
+    pub confidential: Option<Confidential>,
 }
 
 /// An annotation that cannot be granted.
@@ -232,6 +241,16 @@ fn set(wishes: &mut Wishes, name: Name, value: &str) -> Result<(), String> {
             }
         }
         Name::InitData => wishes.init_data = Some(init_data(value)?),
+        Name::Confidential => {
+            wishes.confidential = match value {
+                "snp" => Some(Confidential::Snp),
+                "tdx" => Some(Confidential::Tdx),
+                "auto" | "true" => Some(Confidential::Auto),
+                // No wish, which is not a wish for less.
+                "false" => None,
+                _ => return Err("snp, tdx, auto, true or false".into()),
+            }
+        }
     }
     Ok(())
 }
@@ -305,7 +324,7 @@ mod tests {
         };
         assert_eq!(
             e(&[("io.sealpod.vcpu", "1")], &Name::ALL),
-            "Annotation io.sealpod.vcpu is not known; known are io.sealpod.vcpus, io.sealpod.memory_mib, io.sealpod.kernel_params, io.sealpod.attestation.policy, io.sealpod.attestation.devices, io.sealpod.init_data"
+            "Annotation io.sealpod.vcpu is not known; known are io.sealpod.vcpus, io.sealpod.memory_mib, io.sealpod.kernel_params, io.sealpod.attestation.policy, io.sealpod.attestation.devices, io.sealpod.init_data, io.sealpod.confidential"
         );
         let kata = "io.katacontainers.config.hypervisor.machine_type";
         assert!(

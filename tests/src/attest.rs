@@ -108,22 +108,31 @@ impl Env {
         fs::write(file, settings.text()).context("sealpod.toml")
     }
 
-    /// Writes the reference values of pods that add these words to their command line.
+    /// Writes the reference values of pods with devices that add these words to their command line.
     ///
     /// # Errors
     /// Where `sealpod measure` fails.
     pub fn expect(&self, params: &[&str]) -> Result<()> {
+        self.measure(&[&["--devices"], params].concat())
+    }
+
+    /// The same of pods that want no device.
+    ///
+    /// # Errors
+    /// Where `sealpod measure` fails.
+    pub fn expect_pod_without_devices(&self, params: &[&str]) -> Result<()> {
+        self.measure(params)
+    }
+
+    /// `words` begins with `--devices` or has none.
+    fn measure(&self, words: &[&str]) -> Result<()> {
         let config = self.path("sealpod.toml");
-        let mut args = vec![
-            "--config",
-            &config,
-            "measure",
-            "--devices",
-            "--minimum-snp",
-            MINIMUM_SNP,
-        ];
-        for param in params {
-            args.extend(["--kernel-param", param]);
+        let mut args = vec!["--config", &config, "measure", "--minimum-snp", MINIMUM_SNP];
+        for word in words {
+            match *word {
+                "--devices" => args.push(word),
+                param => args.extend(["--kernel-param", param]),
+            }
         }
         let done = self.run("sealpod", &args);
         ensure!(done.code == 0, "sealpod measure: {}", done.text());

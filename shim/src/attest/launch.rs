@@ -8,13 +8,17 @@ use std::{
 
 use crate::{
     config::{self, Config},
-    vm::{self, Driver as _},
+    pod::protect,
+    vm::{self, Confidential, Driver as _},
 };
 use sealpod_attestation::{
     binding::PublicKey,
     crypto::sha384,
+    encoding::hex,
+    evidence::Tee,
     init_data::{self, InitData},
-    measure::{self, CpuType, KernelHashes, MeasureError, SnpLaunch},
+    measure::{self, CpuType, CpuTypeError, KernelHashes, MeasureError, SnpLaunch},
+    reference::ReferenceValues,
     simulate::TdxClaims,
 };
 
@@ -38,6 +42,17 @@ pub enum LaunchError {
     /// The settings.
     #[error(transparent)]
     Measure(#[from] MeasureError),
+    /// The model of the processors.
+    #[error(transparent)]
+    Cpu(#[from] CpuTypeError),
+    /// The guest would not be affirmed.
+    #[error("The guest's {name} would be {found}, which the policy's reference values do not have")]
+    NotExpected {
+        /// The register.
+        name: &'static str,
+        /// What it would be.
+        found: String,
+    },
 }
 
 /// What a VM starts with.
@@ -51,37 +66,121 @@ pub struct Launch {
     pub cmdline: String,
     /// Virtual CPUs.
     pub vcpus: u32,
+    /// How its memory is kept from the host. `None`: not at all, and a simulator stands in.
+    pub confidential: Option<Confidential>,
+}
+
+/// What a confidential guest will say of itself, in hexadecimal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Predicted {
+    /// MEASUREMENT.
+    Snp(String),
+    /// MRTD, RTMR1, and what RTMR2 can be: firmware has two ways.
+    Tdx {
+        /// See above.
+        mr_td: String,
+        /// See above.
+        rtmr1: String,
+        /// See above.
+        rtmr2: Vec<String>,
+    },
+}
+
+impl Predicted {
+    /// Narrows reference values to this; where they have none, they are this.
+    ///
+    /// # Errors
+    /// [`LaunchError::NotExpected`] where they have others: such a guest would never be affirmed.
+    pub fn narrow(&self, references: &mut ReferenceValues) -> Result<(), LaunchError> {
+        let list = |name, list: &mut Vec<String>, predicted: &[String]| {
+            if list.is_empty() {
+                *list = predicted.to_vec();
+            } else {
+                list.retain(|v| predicted.iter().any(|p| p.eq_ignore_ascii_case(v)));
+            }
+            match list.is_empty() {
+                false => Ok(()),
+                true => Err(LaunchError::NotExpected {
+                    name,
+                    found: predicted.join(" or "),
+                }),
+            }
+        };
+        match self {
+            Self::Snp(digest) => {
+                let known = &mut references.snp.measurement;
+                list("MEASUREMENT", known, std::slice::from_ref(digest))
+            }
+            Self::Tdx {
+                mr_td,
+                rtmr1,
+                rtmr2,
+            } => {
+                let known = &mut references.tdx;
+                list("MRTD", &mut known.mr_td, std::slice::from_ref(mr_td))?;
+                list("RTMR1", &mut known.rtmr1, std::slice::from_ref(rtmr1))?;
+                list("RTMR2", &mut known.rtmr2, rtmr2)
+            }
+        }
+    }
 }
 
 impl Launch {
     /// MEASUREMENT that an SNP guest of these files and settings has, with direct boot and kernel
-    /// hashes. For OVMF stands [`measure::stand_in`]: pods boot by PVH without it. Blocks for some
-    /// 100 ms: 20 MiB are hashed.
+    /// hashes. For the firmware of guests that are not confidential stands [`measure::stand_in`]: they boot by
+    /// PVH without one. Blocks for some 100 ms: 20 MiB are hashed.
     ///
     /// # Errors
     /// [`LaunchError`].
     pub fn measurement(&self) -> Result<[u8; 48], LaunchError> {
         let (kernel, initramfs) = (read(&self.kernel)?, read(&self.initramfs)?);
+        let (ovmf, cpu) = match &self.confidential {
+            Some(guest) => (read(&guest.firmware)?, guest.cpu.parse()?),
+            None => (measure::stand_in(), CpuType::Milan),
+        };
         let launch = SnpLaunch {
-            ovmf: &measure::stand_in(),
+            ovmf: &ovmf,
             kernel: Some(KernelHashes::new(&kernel, Some(&initramfs), &self.cmdline)),
             vcpus: self.vcpus,
-            cpu: CpuType::Milan,
+            cpu,
             guest_features: FEATURES,
         };
         Ok(measure::snp_launch_digest(&launch)?)
     }
 
-    /// What a simulated TD of these files and settings says of itself: MRTD, for which stands the digest
-    /// of [`measure::stand_in`], and the events that make RTMR1 (kernel) and RTMR2 (command line, initial
-    /// RAM disk). The number of vCPUs is in none of them. Blocks like [`Self::measurement`].
+    /// What the guest will say of itself, if it is a confidential one. Blocks like [`Self::measurement`].
     ///
     /// # Errors
-    /// [`LaunchError::Read`].
+    /// [`LaunchError`].
+    pub fn predicted(&self) -> Result<Option<Predicted>, LaunchError> {
+        let Some(guest) = &self.confidential else {
+            return Ok(None);
+        };
+        Ok(Some(match guest.tee {
+            Tee::Snp => Predicted::Snp(hex(&self.measurement()?)),
+            Tee::Tdx => {
+                let (kernel, initramfs) = (read(&self.kernel)?, read(&self.initramfs)?);
+                let rtmr2 = measure::rtmr2(&self.cmdline, Some(&initramfs));
+                Predicted::Tdx {
+                    mr_td: hex(&measure::mr_td(&read(&guest.firmware)?)?),
+                    rtmr1: hex(&measure::rtmr1(&kernel)?),
+                    rtmr2: rtmr2.iter().map(|r| hex(r)).collect(),
+                }
+            }
+        }))
+    }
+
+    /// What a simulated TD of these files and settings says of itself: MRTD, computed as a real one's is, of
+    /// [`measure::stand_in_td`]; and the events that make RTMR1 (kernel) and RTMR2 (command line, initial RAM
+    /// disk). These are not what firmware would measure: no firmware starts an ELF kernel. The number of vCPUs
+    /// is in none of them. Blocks like [`Self::measurement`].
+    ///
+    /// # Errors
+    /// [`LaunchError`].
     pub fn td(&self) -> Result<TdxClaims, LaunchError> {
         let (kernel, initramfs) = (read(&self.kernel)?, read(&self.initramfs)?);
         Ok(TdxClaims {
-            mr_td: sha384(&measure::stand_in()),
+            mr_td: measure::mr_td(&measure::stand_in_td())?,
             events: vec![
                 (RTMR1, sha384(&kernel).to_vec()),
                 (RTMR2, self.cmdline.clone().into_bytes()),
@@ -111,25 +210,38 @@ pub async fn of_node(config: &Config, vcpus: u32, params: &[String], devices: bo
     let state_dir = &config.runtime.state_dir;
     let mut kernel_params = hypervisor.kernel_params.clone();
     kernel_params.extend_from_slice(params);
+    let protected = match hypervisor.confidential {
+        config::Confidential::None => None,
+        config::Confidential::Snp => Some(Tee::Snp),
+        config::Confidential::Tdx => Some(Tee::Tdx),
+        config::Confidential::Auto => vm::confidential::of_host(Path::new("/sys")).ok(),
+    };
+    let protected = protected.map(|tee| protect::of_node(config, tee));
+    let kernel = match protected {
+        Some(_) => &hypervisor.confidential_kernel,
+        None => &hypervisor.kernel,
+    };
     let vm = vm::VmConfig {
         // A pod's folder, as far as a command line goes.
         dir: state_dir.join("measure"),
         program: PathBuf::new(),
-        kernel: hypervisor.kernel.clone(),
+        kernel: kernel.clone(),
         initramfs: hypervisor.initramfs.clone(),
         kernel_params,
         vcpus,
         memory_mib: vm::MEMORY_MIN_MIB,
         share: None,
         nics: Vec::new(),
+        passed: Vec::new(),
         netns: None,
         cgroup: Vec::new(),
         hotplug_ports: if devices { hypervisor.hotplug_ports } else { 0 },
         accelerator: vm::choose_accelerator(wanted, state_dir),
+        confidential: protected,
         user: hypervisor.user.get(),
     };
     let kvm = vm.accelerator == vm::Accelerator::Kvm;
-    let cmdline = match hypervisor.uses_vmm(kvm, devices) {
+    let cmdline = match hypervisor.uses_vmm(kvm, devices || vm.confidential.is_some()) {
         true => vm::Builtin.cmdline(&vm).await,
         false => vm::Qemu.cmdline(&vm).await,
     };
@@ -138,6 +250,7 @@ pub async fn of_node(config: &Config, vcpus: u32, params: &[String], devices: bo
         kernel: vm.kernel,
         initramfs: vm.initramfs,
         vcpus,
+        confidential: vm.confidential,
     }
 }
 
@@ -175,6 +288,7 @@ mod tests {
             initramfs: file("initramfs", "i"),
             cmdline: "console=ttyS0".into(),
             vcpus: 1,
+            confidential: None,
         };
         let mut others = vec![launch.clone(); 5];
         others[1].kernel = file("other", "x");
@@ -198,5 +312,58 @@ mod tests {
         others[0].kernel = dir.path().join("missing");
         let e = others[0].measurement().expect_err("missing").to_string();
         assert!(e.contains("missing"), "{e}");
+    }
+
+    #[test]
+    fn what_a_confidential_guest_will_say_is_predicted_from_its_firmware_and_has_to_be_expected() {
+        let dir = tempfile::tempdir().expect("folder");
+        let file = |name: &str, content: &[u8]| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, content).expect("file");
+            path
+        };
+        let guest = Confidential {
+            tee: Tee::Snp,
+            firmware: file("ovmf", &measure::stand_in()),
+            init_data: Vec::new(),
+            cpu: "EPYC-Genoa".into(),
+            quote_socket: None,
+        };
+        let mut launch = Launch {
+            kernel: file("kernel", b"k"),
+            initramfs: file("initramfs", b"i"),
+            cmdline: "console=ttyS0".into(),
+            vcpus: 1,
+            confidential: None,
+        };
+        assert_eq!(launch.predicted().expect("none"), None);
+        let plain = hex(&launch.measurement().expect("stand-in"));
+        launch.confidential = Some(guest);
+        let predicted = launch
+            .predicted()
+            .expect("predicted")
+            .expect("confidential");
+        // Another model of processors than the simulator's.
+        assert_ne!(predicted, Predicted::Snp(plain.clone()));
+        let Predicted::Snp(digest) = &predicted else {
+            panic!("{predicted:?}");
+        };
+        let mut none = ReferenceValues::default();
+        predicted.narrow(&mut none).expect("it alone");
+        assert_eq!(none.snp.measurement, std::slice::from_ref(digest));
+        let mut both = ReferenceValues::default();
+        both.snp.measurement = vec![plain.clone(), digest.to_uppercase()];
+        predicted.narrow(&mut both).expect("one of them");
+        assert_eq!(both.snp.measurement, [digest.to_uppercase()]);
+        let mut other = ReferenceValues::default();
+        other.snp.measurement = vec![plain];
+        let e = predicted
+            .narrow(&mut other)
+            .expect_err("another")
+            .to_string();
+        assert!(
+            e.contains("MEASUREMENT would be") && e.contains(digest),
+            "{e}"
+        );
     }
 }

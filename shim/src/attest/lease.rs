@@ -1,5 +1,5 @@
-//! The lease of a pod's devices: renewed at half of its life, and what becomes of pod and devices when it is
-//! not. Part of the gate.
+//! The lease of a pod that was affirmed, with devices or without: renewed at half of its life, and what becomes
+//! of pod and devices when it is not. Part of the gate.
 
 use std::{sync::Weak, time::Duration};
 
@@ -67,7 +67,7 @@ impl Gate {
 
     /// Renews the lease. Returns when to come again; `None` when there is nothing to renew any more.
     pub(super) async fn renew(&mut self) -> Option<Duration> {
-        if self.lost.is_some() || self.released.is_empty() {
+        if self.lost.is_some() {
             return None;
         }
         let until = self.affirmed.as_ref().map(|a| a.until)?;
@@ -96,7 +96,7 @@ impl Gate {
             return;
         };
         let ids: Vec<String> = self.released.iter().map(|r| r.id().to_owned()).collect();
-        tracing::error!(pod = pod.id(), devices = ?ids, "Lease lost, devices are taken away: {why}");
+        tracing::error!(pod = pod.id(), devices = ?ids, "Lease lost: {why}");
         if let Err(e) = self.record("revocation", "withheld", why.clone(), ids) {
             tracing::error!("{}", crate::error::chain(&e));
         }
@@ -120,6 +120,7 @@ impl Gate {
     /// The VM has ended: what it had goes back to the host. Idempotent.
     pub async fn ended(&mut self) {
         self.affirmed = None;
+        drop(std::mem::take(&mut self.withheld));
         for mut device in std::mem::take(&mut self.released) {
             if let Err(e) = device.detach(None).await {
                 tracing::error!("{}", crate::error::chain(&e));

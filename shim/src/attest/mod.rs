@@ -9,14 +9,16 @@
 //!           lost: frozen or killed, devices back ◀── refused, or no answer in time ◀── renewal ◀─┘
 //! ```
 //! A round is a nonce of the verifier, evidence of the guest, the verifier's word, the token checked.
-//! `gate` opens, `lease` renews and loses, [`launch`] is what evidence is about, [`verifier`] who judges it, [`release`] how a device moves,
+//! `gate` opens, `lease` renews and loses, [`launch`] is what evidence is about, [`verifier`] who judges it, [`release`] how a device moves, [`withhold`] how one waits in the VM,
 //! [`settings`] what it goes by, [`simulator`] what stands in for a TEE. What is decided is in the pod's audit log.
 
+mod cdi;
 pub mod launch;
 pub mod release;
 pub mod simulator;
 mod verifier;
 pub mod wanted;
+pub mod withhold;
 
 #[cfg(test)]
 mod fake;
@@ -45,6 +47,9 @@ pub enum AttestError {
     /// The node is not set up for it.
     #[error(transparent)]
     Setup(#[from] SetupError),
+    /// What the guest starts with.
+    #[error(transparent)]
+    Launch(#[from] launch::LaunchError),
     /// The pod's init-data.
     #[error(transparent)]
     InitData(#[from] InitDataError),

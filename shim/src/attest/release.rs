@@ -13,9 +13,11 @@ use rustix::{
     io::Errno,
 };
 
-use super::wanted::Wanted;
+use super::{
+    wanted::{Given, Wanted},
+    withhold::CdiWithhold,
+};
 use crate::{
-    config::Device,
     ledger::{EntryId, Ledger, LedgerError, Resource},
     vm::{Passed, Vm, VmError},
 };
@@ -26,6 +28,9 @@ pub enum ReleaseError {
     /// Another pod has it.
     #[error("Device {0:?} is in use by another pod")]
     Busy(String),
+    /// It would have had to be there from the start.
+    #[error("Device {0:?} is in VMs from their start only: the pod's sandbox has to name it too")]
+    Late(String),
     /// The host.
     #[error("Device {id:?}: cannot {action} {path}")]
     Host {
@@ -56,33 +61,64 @@ pub enum ReleaseError {
 pub trait Release: Send + Sync {
     /// By what the guest and the token know it.
     fn id(&self) -> &str;
+    /// Takes it from everyone else on the host. Returns what the VM is to be given.
+    ///
+    /// # Errors
+    /// [`ReleaseError`]; then the host has it as before.
+    fn reserve(&mut self, ledger: &Ledger) -> Result<Passed, ReleaseError>;
+    /// Whether it is.
+    fn reserved(&self) -> bool;
+    /// Gives it back to the host, reset. Idempotent.
+    ///
+    /// # Errors
+    /// [`ReleaseError`].
+    fn give_back(&mut self) -> Result<(), ReleaseError>;
+
     /// Gives it to the VM.
     ///
     /// # Errors
     /// [`ReleaseError`]; then the host has it as before.
-    async fn attach(&mut self, vm: &dyn Vm, ledger: &Ledger) -> Result<(), ReleaseError>;
-    /// Takes it from the VM, if that still runs (`vm`), and gives it back to the host, reset. Idempotent.
+    async fn attach(&mut self, vm: &dyn Vm, ledger: &Ledger) -> Result<(), ReleaseError> {
+        let passed = self.reserve(ledger)?;
+        let given = vm.pass(passed).await.map_err(vm_error(self.id()));
+        if given.is_err()
+            && let Err(e) = self.give_back()
+        {
+            tracing::warn!("{}", crate::error::chain(&e));
+        }
+        given
+    }
+    /// Takes it from the VM, if that still runs (`vm`), and gives it back to the host. Idempotent.
     ///
     /// # Errors
     /// [`ReleaseError`]: the guest did not let go of it. Once the VM has ended, call again without it.
-    async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError>;
+    async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError> {
+        if let (true, Some(vm)) = (self.reserved(), vm) {
+            gone(vm.take_back(self.id()).await).map_err(vm_error(self.id()))?;
+        }
+        self.give_back()
+    }
 }
 
 /// The way for a device.
 #[must_use]
 pub fn way(wanted: &Wanted) -> Box<dyn Release> {
     let id = wanted.id.clone();
-    match &wanted.device {
-        Device::StandIn { path } => Box::new(StandInNvme {
+    let way: Box<dyn Release> = match &wanted.device {
+        Given::Disk { path } => Box::new(StandInNvme {
             id,
             path: path.clone(),
             held: None,
         }),
-        Device::Vfio { address } => Box::new(VfioAttach {
+        Given::Function { address } => Box::new(VfioAttach {
             id,
             function: Path::new("/sys/bus/pci/devices").join(address),
             held: None,
         }),
+    };
+    match wanted.cold {
+        true => Box::new(CdiWithhold(way)),
+        false => way,
     }
 }
 
@@ -104,7 +140,7 @@ impl Release for StandInNvme {
         &self.id
     }
 
-    async fn attach(&mut self, vm: &dyn Vm, _: &Ledger) -> Result<(), ReleaseError> {
+    fn reserve(&mut self, _: &Ledger) -> Result<Passed, ReleaseError> {
         let host = |action| {
             let (id, path) = (self.id.clone(), self.path.clone());
             move |source| ReleaseError::Host {
@@ -120,17 +156,16 @@ impl Release for StandInNvme {
             Err(Errno::WOULDBLOCK) => return Err(ReleaseError::Busy(self.id.clone())),
             Err(e) => return Err(host("lock")(e.into())),
         }
-        let (id, path) = (self.id.clone(), self.path.clone());
-        let passed = Passed::StandIn { id, path };
-        vm.pass(passed).await.map_err(vm_error(&self.id))?;
         self.held = Some(file);
-        Ok(())
+        let (id, path) = (self.id.clone(), self.path.clone());
+        Ok(Passed::StandIn { id, path })
     }
 
-    async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError> {
-        if let (Some(_), Some(vm)) = (&self.held, vm) {
-            gone(vm.take_back(&self.id).await).map_err(vm_error(&self.id))?;
-        }
+    fn reserved(&self) -> bool {
+        self.held.is_some()
+    }
+
+    fn give_back(&mut self) -> Result<(), ReleaseError> {
         self.held = None;
         Ok(())
     }
@@ -184,15 +219,6 @@ impl VfioAttach {
         }
     }
 
-    /// To the host, if it has left it.
-    fn back(&mut self) -> Result<(), ReleaseError> {
-        let Some((ledger, entry)) = self.held.take() else {
-            return Ok(());
-        };
-        give_back(&self.function).map_err(self.failed("give back"))?;
-        Ok(ledger.release(entry)?)
-    }
-
     /// `/dev/vfio/devices/vfio<n>`.
     fn cdev(&self) -> Result<PathBuf, ReleaseError> {
         let folder = self.function.join("vfio-dev");
@@ -216,41 +242,53 @@ impl Release for VfioAttach {
         &self.id
     }
 
-    async fn attach(&mut self, vm: &dyn Vm, ledger: &Ledger) -> Result<(), ReleaseError> {
+    fn reserve(&mut self, ledger: &Ledger) -> Result<Passed, ReleaseError> {
         let function = self.function.clone();
         let entry = ledger.record(Resource::VfioFunction { function })?;
         self.held = Some((ledger.clone(), entry));
         // What the last user left in it is no one's business.
-        let given = async {
+        let bound = || {
             rebind(&self.function, "vfio-pci").map_err(self.failed("bind to vfio-pci"))?;
             let reset = fs::write(self.function.join("reset"), "1");
             reset.map_err(self.failed("reset"))?;
-            let cdev = self.cdev()?;
-            let id = self.id.clone();
-            let passed = Passed::Vfio { id, cdev };
-            vm.pass(passed).await.map_err(vm_error(&self.id))
+            let (id, cdev) = (self.id.clone(), self.cdev()?);
+            Ok(Passed::Vfio { id, cdev })
         };
-        let given = given.await;
-        if given.is_err()
-            && let Err(e) = self.back()
+        let bound = bound();
+        if bound.is_err()
+            && let Err(e) = self.give_back()
         {
             tracing::warn!("{}", crate::error::chain(&e));
         }
-        given
+        bound
     }
 
-    async fn detach(&mut self, vm: Option<&dyn Vm>) -> Result<(), ReleaseError> {
-        if let (Some(_), Some(vm)) = (&self.held, vm) {
-            gone(vm.take_back(&self.id).await).map_err(vm_error(&self.id))?;
-        }
-        self.back()
+    fn reserved(&self) -> bool {
+        self.held.is_some()
+    }
+
+    fn give_back(&mut self) -> Result<(), ReleaseError> {
+        let Some((ledger, entry)) = self.held.take() else {
+            return Ok(());
+        };
+        give_back(&self.function).map_err(self.failed("give back"))?;
+        Ok(ledger.release(entry)?)
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::attest::fake::Fake;
+
+    pub(in super::super) fn disk(path: PathBuf, cold: bool) -> Wanted {
+        Wanted {
+            id: "gpu0".into(),
+            path: "/dev/gpu0".into(),
+            device: Given::Disk { path },
+            cold,
+        }
+    }
 
     #[tokio::test]
     async fn a_stand_in_is_one_pods_at_a_time() {
@@ -258,11 +296,7 @@ mod tests {
         let path = dir.path().join("content");
         fs::write(&path, "x").unwrap();
         let ledger = Ledger::open(&dir.path().join("pod")).unwrap();
-        let wanted = Wanted {
-            id: "gpu0".into(),
-            path: "/dev/gpu0".into(),
-            device: Device::StandIn { path },
-        };
+        let wanted = disk(path, false);
         let (vm, other) = (Fake::default(), Fake::default());
         let (mut first, mut second) = (way(&wanted), way(&wanted));
         first.attach(&vm, &ledger).await.unwrap();

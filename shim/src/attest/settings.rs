@@ -8,7 +8,7 @@ use sealpod_attestation::init_data::InitData;
 
 use super::{
     AttestError,
-    launch::{self, Launch},
+    launch::{self, Launch, Predicted},
     simulator::Simulator,
     wanted::{self, Wanted, WantedError},
 };
@@ -25,11 +25,15 @@ pub struct Settings {
     pub(super) policy: config::Policy,
     /// The pod has to be affirmed even if it wants no device.
     pub(super) required: bool,
+    /// Init-data says whom the guest believes.
+    pub(super) names_verifier: bool,
     /// By which the verifier knows the pod.
     pub pod_uid: String,
     /// Raw.
     pub init_data: Vec<u8>,
     pub(super) simulator: Option<Simulator>,
+    /// What a confidential guest will say of itself.
+    pub(super) predicted: Option<Predicted>,
     pub(super) log_name: String,
 }
 
@@ -64,6 +68,14 @@ impl Settings {
             // Whom to believe only the pod's owner can say.
             None => Vec::new(),
         };
+        // A guest that would never be affirmed is not started.
+        let predicted = match required || config.is_configured() {
+            true => launch.predicted()?,
+            false => None,
+        };
+        if config.verifier.is_empty() {
+            super::verifier::check_launch(&policy, predicted.as_ref())?;
+        }
         let simulator = match simulated {
             true => Some(Simulator::start(
                 dir,
@@ -74,15 +86,21 @@ impl Settings {
             )?),
             false => None,
         };
+        let named = match init_data.as_slice() {
+            [] => None,
+            raw => InitData::parse(raw)?.verifier()?,
+        };
         let pod_uid = uid.map_or_else(|| format!("{namespace}/{id}"), str::to_owned);
         Ok(Self {
             config: config.clone(),
             allow: node.annotations.allow.clone(),
             policy,
             required,
+            names_verifier: named.is_some(),
             pod_uid,
             init_data,
             simulator,
+            predicted,
             log_name: format!("{namespace}-{id}"),
         })
     }

@@ -21,6 +21,7 @@ use sealpod_attestation::{
     signer::{Signer, SignerError},
 };
 
+use super::launch::{LaunchError, Predicted};
 use crate::{
     clock,
     config::{self, Attestation},
@@ -58,6 +59,9 @@ pub enum SetupError {
         /// Why not.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// What the guest starts with.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
     /// The signing key.
     #[error("Attestation: signing key")]
     Key(#[from] SignerError),
@@ -122,6 +126,7 @@ pub(super) enum Appraiser {
         verifier: Box<Embedded>,
         config: Box<Attestation>,
         policy: config::Policy,
+        predicted: Option<Predicted>,
     },
     /// Elsewhere. What this shim decides stands in its own log all the same.
     Remote {
@@ -135,6 +140,7 @@ impl Appraiser {
     pub(super) fn new(
         config: &Attestation,
         policy: &config::Policy,
+        predicted: Option<Predicted>,
         log_name: &str,
     ) -> Result<Self, SetupError> {
         let signer = Arc::new(signer(&config.state_dir)?);
@@ -143,12 +149,13 @@ impl Appraiser {
         let path = folder.join(format!("{log_name}.jsonl"));
         let audit = AuditLog::open(&path, Arc::clone(&signer)).map_err(wrong(&path))?;
         if config.verifier.is_empty() {
-            let inputs = inputs(config, policy)?;
+            let inputs = inputs(config, policy, predicted.as_ref())?;
             let verifier = Embedded::new(inputs, signer, Some(audit), ISSUER);
             return Ok(Self::Embedded {
                 verifier: Box::new(verifier),
                 config: Box::new(config.clone()),
                 policy: policy.clone(),
+                predicted,
             });
         }
         let path = &config.verifier_trust;
@@ -169,8 +176,9 @@ impl Appraiser {
                 verifier,
                 config,
                 policy,
+                predicted,
             } => {
-                let inputs = inputs(config, policy);
+                let inputs = inputs(config, policy, predicted.as_ref());
                 let inputs = inputs.map_err(|e| VerifierError::Remote(crate::error::chain(&e)))?;
                 verifier.replace(inputs);
                 Ok(verifier.challenge(pod_uid, unix_now())?.nonce)
@@ -228,8 +236,42 @@ pub(super) fn unix_now() -> u64 {
     u64::try_from(clock::unix_ns() / 1_000_000_000).unwrap_or(0)
 }
 
+/// The policy's reference values, narrowed to what the guest will say of itself.
+fn references(
+    policy: &config::Policy,
+    predicted: Option<&Predicted>,
+) -> Result<ReferenceValues, SetupError> {
+    let path = &policy.reference_values;
+    let mut references = match path.as_os_str().is_empty() {
+        true => ReferenceValues::default(),
+        false => {
+            let text = String::from_utf8_lossy(&read(path)?).into_owned();
+            ReferenceValues::parse(&text).map_err(wrong(path))?
+        }
+    };
+    if let Some(predicted) = predicted {
+        predicted.narrow(&mut references)?;
+    }
+    Ok(references)
+}
+
+/// Whether a guest that will say this of itself can be affirmed at all.
+///
+/// # Errors
+/// [`SetupError::Launch`].
+pub(super) fn check_launch(
+    policy: &config::Policy,
+    predicted: Option<&Predicted>,
+) -> Result<(), SetupError> {
+    predicted.map_or(Ok(()), |p| references(policy, Some(p)).map(drop))
+}
+
 /// What the embedded verifier decides by.
-fn inputs(config: &Attestation, policy: &config::Policy) -> Result<Inputs, SetupError> {
+fn inputs(
+    config: &Attestation,
+    policy: &config::Policy,
+    predicted: Option<&Predicted>,
+) -> Result<Inputs, SetupError> {
     let text = |path: &Path| read(path).map(|b| String::from_utf8_lossy(&b).into_owned());
     let named = |path: &Path| !path.as_os_str().is_empty();
     let anchors = if named(&config.anchors) {
@@ -244,12 +286,7 @@ fn inputs(config: &Attestation, policy: &config::Policy) -> Result<Inputs, Setup
             collateral.add(&read(&path)?).map_err(wrong(&path))?;
         }
     }
-    let references = if named(&policy.reference_values) {
-        let path = &policy.reference_values;
-        ReferenceValues::parse(&text(path)?).map_err(wrong(path))?
-    } else {
-        ReferenceValues::default()
-    };
+    let references = references(policy, predicted)?;
     let rules = if named(&policy.rego) {
         let path = &policy.rego;
         Policy::from_rego(&text(path)?).map_err(wrong(path))?
@@ -367,7 +404,7 @@ mod tests {
             anchors: path,
             ..Attestation::default()
         };
-        let e = inputs(&config, &config::Policy::default()).expect_err("broken");
+        let e = inputs(&config, &config::Policy::default(), None).expect_err("broken");
         assert!(crate::error::chain(&e).contains("anchors.json"));
     }
 }

@@ -3,11 +3,13 @@
 
 use std::{
     fs,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::Spec;
 
+use super::cdi::{self, CdiError};
 use crate::{
     annotations::{self, Wishes},
     config::{Attestation, Device, device_id},
@@ -17,7 +19,7 @@ use crate::{
 /// Where VFIO has its nodes.
 const VFIO: &str = "/dev/vfio";
 /// The node that every user of VFIO groups opens; no device.
-const CONTROL: &str = "/dev/vfio/vfio";
+pub(super) const CONTROL: &str = "/dev/vfio/vfio";
 
 /// A device that a container asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +29,24 @@ pub struct Wanted {
     /// In the container.
     pub path: PathBuf,
     /// Of the host.
-    pub device: Device,
+    pub device: Given,
+    /// In the VM from its start, and withheld there.
+    pub cold: bool,
+}
+
+/// What of the host a VM is given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Given {
+    /// A PCI function, by VFIO.
+    Function {
+        /// `dddd:bb:dd.f`.
+        address: String,
+    },
+    /// A file or block device that the VMM makes a disk of, for reading.
+    Disk {
+        /// Which.
+        path: PathBuf,
+    },
 }
 
 /// A device that cannot be given.
@@ -40,6 +59,24 @@ pub enum WantedError {
         name: String,
         /// All others.
         known: String,
+    },
+    /// Its CDI specification.
+    #[error("Device {name:?}")]
+    Cdi {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        source: CdiError,
+    },
+    /// A node of which a VM cannot be given anything.
+    #[error(
+        "Device {name:?} is made of {node:?}, which is neither a VFIO node nor a disk: a VM cannot be given it"
+    )]
+    Node {
+        /// Its name.
+        name: String,
+        /// The node of the host.
+        node: PathBuf,
     },
     /// No device of this host.
     #[error("Device {node:?} of the specification is no VFIO device of this host: {reason}")]
@@ -69,20 +106,9 @@ pub(crate) fn take(
     let Wishes { devices, .. } = annotations::read(&spec::annotations(spec), allow)?;
     let mut all = Vec::new();
     for name in devices {
-        let (Some(device), Some(id)) = (config.devices.get(&name), device_id(&name)) else {
-            let known: Vec<_> = config.devices.keys().map(String::as_str).collect();
-            let known = if known.is_empty() {
-                "none".into()
-            } else {
-                known.join(", ")
-            };
-            return Err(WantedError::Unknown { name, known });
-        };
-        all.push(Wanted {
-            id: id.into(),
-            path: Path::new("/dev").join(id),
-            device: device.clone(),
-        });
+        let (one, env) = named(name, config)?;
+        all.push(one);
+        add_env(spec, env);
     }
     for node in take_vfio_nodes(spec) {
         let wrong = |reason: String| WantedError::Vfio {
@@ -93,7 +119,8 @@ pub(crate) fn take(
         all.push(Wanted {
             id: address.replace([':', '.'], "-"),
             path: node,
-            device: Device::Vfio { address },
+            device: Given::Function { address },
+            cold: false,
         });
     }
     for (at, one) in all.iter().enumerate() {
@@ -102,6 +129,91 @@ pub(crate) fn take(
         }
     }
     Ok(all)
+}
+
+/// The device of this name, and the variables that come with it.
+fn named(name: String, config: &Attestation) -> Result<(Wanted, Vec<String>), WantedError> {
+    let (Some(device), Some(id)) = (config.devices.get(&name), device_id(&name)) else {
+        let known: Vec<_> = config.devices.keys().map(String::as_str).collect();
+        let known = if known.is_empty() {
+            "none".into()
+        } else {
+            known.join(", ")
+        };
+        return Err(WantedError::Unknown { name, known });
+    };
+    let hot = |device| Wanted {
+        id: id.into(),
+        path: Path::new("/dev").join(id),
+        device,
+        cold: false,
+    };
+    Ok(match device {
+        Device::Vfio { address } => {
+            let address = address.clone();
+            (hot(Given::Function { address }), Vec::new())
+        }
+        Device::StandIn { path } => (hot(Given::Disk { path: path.clone() }), Vec::new()),
+        Device::Cdi { spec } => {
+            let found = cdi::read(spec, &name).map_err(|source| WantedError::Cdi {
+                name: name.clone(),
+                source,
+            })?;
+            let one = Wanted {
+                id: id.into(),
+                device: given(&name, &found.host)?,
+                path: found.path,
+                cold: true,
+            };
+            (one, found.env)
+        }
+    })
+}
+
+/// What a VM is given of a node of the host.
+fn given(name: &str, node: &Path) -> Result<Given, WantedError> {
+    if node.starts_with(VFIO) {
+        let wrong = |reason| WantedError::Vfio {
+            node: node.into(),
+            reason,
+        };
+        let address = address(Path::new("/sys"), node).map_err(wrong)?;
+        return Ok(Given::Function { address });
+    }
+    let kind = fs::metadata(node).map(|m| m.file_type());
+    if kind.is_ok_and(|k| k.is_file() || k.is_block_device()) {
+        let path = node.into();
+        return Ok(Given::Disk { path });
+    }
+    Err(WantedError::Node {
+        name: name.into(),
+        node: node.into(),
+    })
+}
+
+/// Those of these devices that are in a VM from its start.
+///
+/// # Errors
+/// [`WantedError`], naming the device.
+pub(crate) fn cold(names: &[String], config: &Attestation) -> Result<Vec<Wanted>, WantedError> {
+    let all = names.iter().map(|name| named(name.clone(), config));
+    let all: Vec<_> = all.collect::<Result<_, _>>()?;
+    Ok(all.into_iter().map(|(w, _)| w).filter(|w| w.cold).collect())
+}
+
+/// Sets variables of a container's process; it is made after the token only.
+fn add_env(spec: &mut Spec, env: Vec<String>) {
+    let Some(process) = spec.process_mut() else {
+        return;
+    };
+    let mut all = process.env().clone().unwrap_or_default();
+    for one in env {
+        let name = one.split('=').next().unwrap_or_default();
+        let sets = |v: &String| v.split('=').next() == Some(name);
+        all.retain(|v| !sets(v));
+        all.push(one);
+    }
+    process.set_env(Some(all));
 }
 
 /// Removes the nodes below `/dev/vfio` and returns those that are devices.
@@ -167,21 +279,66 @@ mod tests {
         let e = take(&mut spec(name, ""), &Name::ALL, &config).expect_err("unknown");
         assert!(e.to_string().contains("which has: none"), "{e}");
         let path = PathBuf::from("/content");
-        let device = Device::StandIn { path };
+        let device = Device::StandIn { path: path.clone() };
         config
             .devices
-            .insert("sealpod.io/stand-in=gpu0".into(), device.clone());
+            .insert("sealpod.io/stand-in=gpu0".into(), device);
         let wanted = take(&mut spec(name, ""), &Name::ALL, &config).expect("wanted");
         assert_eq!(
             wanted,
             [Wanted {
                 id: "gpu0".into(),
                 path: "/dev/gpu0".into(),
-                device
+                device: Given::Disk { path },
+                cold: false,
             }]
         );
         let e = take(&mut spec(name, ""), &[], &config).expect_err("not allowed");
         assert!(e.to_string().contains("not allowed"), "{e}");
+    }
+
+    #[test]
+    fn a_cdi_device_brings_its_node_and_variables_and_is_there_from_the_start() {
+        let dir = tempfile::tempdir().expect("folder");
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("content"), "x").expect("file");
+        let node = |host: &Path| {
+            let text = format!(
+                r#"{{"cdiVersion":"0.6.0","kind":"sealpod.io/gpu","devices":[{{"name":"0","containerEdits":{{
+                "env":["GPU=0","PATH=/gpu"],"deviceNodes":[{{"path":"/dev/gpu","hostPath":"{}"}}]}}}}]}}"#,
+                host.display()
+            );
+            fs::write(at("cdi.json"), text).expect("file");
+        };
+        node(&at("content"));
+        let mut config = Attestation::default();
+        let device = Device::Cdi {
+            spec: at("cdi.json"),
+        };
+        config.devices.insert("sealpod.io/gpu=0".into(), device);
+        let wish = r#"{"io.sealpod.attestation.devices":"sealpod.io/gpu=0"}"#;
+        let mut asks = spec(wish, "");
+        let process =
+            r#"{"cwd":"/","args":["x"],"env":["PATH=/bin","A=b"],"user":{"uid":0,"gid":0}}"#;
+        asks.set_process(serde_json::from_str(process).expect("process"));
+        let wanted = take(&mut asks, &Name::ALL, &config).expect("wanted");
+        let expected = Wanted {
+            id: "0".into(),
+            path: "/dev/gpu".into(),
+            device: Given::Disk {
+                path: at("content"),
+            },
+            cold: true,
+        };
+        assert_eq!(wanted, [expected]);
+        let env = asks.process().as_ref().and_then(|p| p.env().clone());
+        assert_eq!(env.expect("env"), ["A=b", "GPU=0", "PATH=/gpu"]);
+        let names = ["sealpod.io/gpu=0".to_owned()];
+        assert_eq!(cold(&names, &config).expect("cold"), wanted);
+        // A driver's node means nothing to a VM.
+        node(Path::new("/dev/null"));
+        let e = cold(&names, &config).expect_err("no disk").to_string();
+        assert!(e.contains("/dev/null"), "{e}");
     }
 
     #[test]

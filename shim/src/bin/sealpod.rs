@@ -9,10 +9,11 @@ use std::{
 use clap::{Parser, Subcommand};
 use sealpod_attestation::encoding::hex;
 use sealpod_shim::{
-    attest::launch,
+    attest::launch::{self, Launch, LaunchError, Predicted},
     check, config,
     podfile::{self, PodFile},
 };
+use serde_json::json;
 
 /// What this node can do with sealpod, and which pods it runs.
 #[derive(Parser)]
@@ -36,8 +37,8 @@ enum Subcommands {
         #[arg(long, value_name = "PATH")]
         containerd_config: Option<PathBuf>,
     },
-    /// Print reference values for the pods that this node would start: the launch measurement of an
-    /// SEV-SNP guest with the configured kernel, initramfs and command line
+    /// Print reference values for the pods that this node would start: what a confidential guest of the
+    /// configured kind, else a simulated one, says of kernel, initramfs and command line
     Measure {
         /// Virtual CPUs of the pods
         #[arg(long, default_value_t = 1)]
@@ -133,17 +134,31 @@ fn measure(
     // What is found out about this machine is kept where the shims look for it.
     std::fs::create_dir_all(&config.runtime.state_dir)?;
     let launch = runtime.block_on(launch::of_node(&config, vcpus, params, devices));
-    let mut snp = serde_json::json!({ "measurement": [hex(&launch.measurement()?)] });
+    let mut references = match launch.predicted()? {
+        Some(Predicted::Snp(digest)) => json!({ "snp": { "measurement": [digest] } }),
+        Some(Predicted::Tdx {
+            mr_td,
+            rtmr1,
+            rtmr2,
+        }) => json!({ "tdx": { "mr_td": [mr_td], "rtmr1": [rtmr1], "rtmr2": rtmr2 } }),
+        None => simulated(&launch)?,
+    };
     if let Some(svn) = minimum_snp {
-        snp["limits"] = serde_json::json!({ "minimum_tcb": { "snp": svn } });
+        references["snp"]["limits"] = json!({ "minimum_tcb": { "snp": svn } });
     }
-    let td = launch.td()?;
-    let [_, rtmr1, rtmr2, _] = td.registers().map(|register| [hex(&register)]);
-    let tdx = serde_json::json!({ "mr_td": [hex(&td.mr_td)], "rtmr1": rtmr1, "rtmr2": rtmr2 });
-    let references = serde_json::json!({ "snp": snp, "tdx": tdx });
     println!("{}", serde_json::to_string_pretty(&references)?);
     eprintln!("command line: {}", launch.cmdline);
     Ok(ExitCode::SUCCESS)
+}
+
+/// What simulated guests of either TEE say of themselves.
+fn simulated(launch: &Launch) -> std::result::Result<serde_json::Value, LaunchError> {
+    let td = launch.td()?;
+    let [_, rtmr1, rtmr2, _] = td.registers().map(|register| [hex(&register)]);
+    Ok(json!({
+        "snp": { "measurement": [hex(&launch.measurement()?)] },
+        "tdx": { "mr_td": [hex(&td.mr_td)], "rtmr1": rtmr1, "rtmr2": rtmr2 },
+    }))
 }
 
 fn list(config: Option<PathBuf>, json: bool) -> Result {

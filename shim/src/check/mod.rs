@@ -101,6 +101,7 @@ pub async fn check(options: &Options) -> Report {
     findings.push(node::kernel(&config.hypervisor.kernel));
     findings.push(node::initramfs(&config.hypervisor.initramfs));
     findings.push(node::virtiofsd(&config.hypervisor.virtiofsd));
+    findings.push(node::confidential(&config));
     findings.push(node::vsock());
     findings.push(node::cgroups());
     findings.extend(node::network().await);

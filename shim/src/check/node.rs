@@ -7,7 +7,8 @@ use super::{Finding, chain, version};
 use crate::{
     config::{Accelerator, Config, Hypervisor},
     network::{self, portforward::PortForward},
-    vm::{check_initramfs, check_kernel, find_program, probe},
+    pod::protect,
+    vm::{self, check_initramfs, check_kernel, find_program, probe},
 };
 
 /// QEMU's oldest major version that is known to work.
@@ -81,6 +82,33 @@ fn image<E: std::error::Error>(
                 format!("`make build` makes it, `make install` puts it in place; or set {key}");
             Finding::missing(name, chain(&e), fix)
         }
+    }
+}
+
+/// Confidential guests: missing only where the node is to have them.
+pub(super) fn confidential(config: &Config) -> Finding {
+    let name = "confidential guests";
+    let accelerator = match probe::probe().is_real() {
+        true => vm::Accelerator::Kvm,
+        false => vm::Accelerator::Tcg,
+    };
+    match protect::decide(config, None, accelerator) {
+        Ok(Some(guest)) => Finding::ok(name, vm::confidential::name(guest.tee)),
+        Ok(None) => match vm::confidential::of_host(Path::new("/sys")) {
+            Ok(tee) => {
+                let tee = vm::confidential::name(tee);
+                Finding::ok(
+                    name,
+                    format!("{tee} is there; hypervisor.confidential is none"),
+                )
+            }
+            Err(_) => Finding::ok(name, "none here, none configured"),
+        },
+        Err(e) => Finding::missing(
+            name,
+            e.message,
+            "docs/vm.md says what SEV-SNP and TDX need; or set hypervisor.confidential to none",
+        ),
     }
 }
 

@@ -83,6 +83,12 @@ pub enum Device {
         /// File with its content; the guest may only read it. Absolute.
         path: PathBuf,
     },
+    /// What a specification of the Container Device Interface names: in the VM from its start, and withheld
+    /// there until the pod is affirmed.
+    Cdi {
+        /// The specification, JSON. Absolute.
+        spec: PathBuf,
+    },
 }
 
 impl Default for Attestation {
@@ -141,7 +147,10 @@ impl Attestation {
                 return Err(("attestation.devices", allowed.into()));
             }
             match device {
-                Device::StandIn { path } if path.is_absolute() => {}
+                Device::StandIn { path } | Device::Cdi { spec: path } if path.is_absolute() => {}
+                Device::Cdi { .. } => {
+                    return Err(("attestation.devices.*.spec", "an absolute path".into()));
+                }
                 Device::StandIn { .. } => {
                     return Err(("attestation.devices.*.path", "an absolute path".into()));
                 }
@@ -172,7 +181,7 @@ impl Attestation {
     }
 }
 
-fn optional(key: &'static str, path: &Path) -> Result<(), Complaint> {
+pub(super) fn optional(key: &'static str, path: &Path) -> Result<(), Complaint> {
     let plain = path
         .components()
         .all(|c| !matches!(c, Component::ParentDir));

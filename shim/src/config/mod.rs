@@ -77,6 +77,16 @@ pub struct Hypervisor {
     pub user: NonZeroU32,
     /// Devices that can be added to a running VM.
     pub hotplug_ports: u32,
+    /// Whether guests' memory is kept from this host, and by what.
+    pub confidential: Confidential,
+    /// Kernel of such guests: a bzImage with an EFI entry. Absolute.
+    pub confidential_kernel: PathBuf,
+    /// Firmware of such guests; empty: none, and no such guests.
+    pub firmware: PathBuf,
+    /// QEMU's model of SNP guests' processors.
+    pub snp_cpu: String,
+    /// Socket of the service that makes quotes of TDs; empty: none.
+    pub quote_socket: PathBuf,
 }
 
 impl Hypervisor {
@@ -139,6 +149,21 @@ pub enum Driver {
     Qemu,
     /// sealpod-vmm.
     Vmm,
+}
+
+/// Whether guests' memory is kept from this host, and by what.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Confidential {
+    /// Plain guests.
+    #[default]
+    None,
+    /// What this host has; none is an error.
+    Auto,
+    /// AMD SEV-SNP.
+    Snp,
+    /// Intel TDX.
+    Tdx,
 }
 
 /// What executes the guest's instructions.
@@ -222,6 +247,11 @@ impl Default for Hypervisor {
             kernel_params: Vec::new(),
             user: DEFAULT_USER,
             hotplug_ports: 2,
+            confidential: Confidential::default(),
+            confidential_kernel: share.join("bzImage-confidential"),
+            firmware: PathBuf::new(),
+            snp_cpu: "EPYC-Milan".into(),
+            quote_socket: PathBuf::new(),
         }
     }
 }
@@ -257,6 +287,7 @@ impl Default for Annotations {
                 Name::AttestationPolicy,
                 Name::AttestationDevices,
                 Name::InitData,
+                Name::Confidential,
             ],
         }
     }
@@ -289,6 +320,7 @@ impl Config {
             ("hypervisor.vmm", &h.vmm),
             ("hypervisor.kernel", &h.kernel),
             ("hypervisor.initramfs", &h.initramfs),
+            ("hypervisor.confidential_kernel", &h.confidential_kernel),
             ("hypervisor.virtiofsd", &h.virtiofsd),
         ] {
             let plain = path
@@ -306,6 +338,15 @@ impl Config {
         if !h.qemu.is_absolute() && !name_only {
             let allowed = "an absolute path, or a name to search in PATH".into();
             return Err(("hypervisor.qemu", allowed));
+        }
+        for (key, path) in [
+            ("hypervisor.firmware", &h.firmware),
+            ("hypervisor.quote_socket", &h.quote_socket),
+        ] {
+            attestation::optional(key, path)?;
+        }
+        if let Err(e) = h.snp_cpu.parse::<sealpod_attestation::measure::CpuType>() {
+            return Err(("hypervisor.snp_cpu", e.to_string()));
         }
         for param in &h.kernel_params {
             if let Err(allowed) = check_kernel_param(param) {

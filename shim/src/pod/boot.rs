@@ -13,10 +13,15 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use sealpod_protocol::{AGENT_PORT, agent};
 use tokio::net::UnixListener;
 
-use super::{Mark, Pod, machine::Taken};
+use super::{Mark, Pod, machine::Taken, protect};
 use crate::{
     annotations,
-    attest::{Settings, launch::Launch},
+    attest::{
+        Settings,
+        launch::Launch,
+        wanted::{self, Wanted},
+        withhold::Withheld,
+    },
     clock,
     config::{self, Config},
     error::{Error, Kind, Result},
@@ -62,6 +67,10 @@ struct Plan {
     kernel_params: Vec<String>,
     /// The pod wants devices that are passed through.
     needs_pci: bool,
+    /// Of these, the ones that are there from the start.
+    cold: Vec<Wanted>,
+    accelerator: vm::Accelerator,
+    confidential: Option<vm::Confidential>,
     hotplug_ports: u32,
     policy: Option<String>,
     init_data: Option<Vec<u8>>,
@@ -89,15 +98,27 @@ fn plan(request: &BootRequest) -> Result<Plan> {
     let mut kernel_params = config.hypervisor.kernel_params.clone();
     kernel_params.extend(wishes.kernel_params);
     let needs_pci = !wishes.devices.is_empty();
+    let cold = wanted::cold(&wishes.devices, &config.attestation).map_err(|e| refused(&e))?;
     let hotplug_ports = match request.grows || needs_pci {
         true => config.hypervisor.hotplug_ports,
         false => 0,
     };
+    let hypervisor = &config.hypervisor;
+    let wanted = match hypervisor.accelerator {
+        config::Accelerator::Auto => None,
+        config::Accelerator::Kvm => Some(vm::Accelerator::Kvm),
+        config::Accelerator::Tcg => Some(vm::Accelerator::Tcg),
+    };
+    let accelerator = vm::choose_accelerator(wanted, &config.runtime.state_dir);
+    let confidential = protect::decide(&config, wishes.confidential, accelerator)?;
     Ok(Plan {
         config,
+        accelerator,
+        confidential,
         size,
         kernel_params,
         needs_pci,
+        cold,
         hotplug_ports,
         policy: wishes.policy,
         init_data: wishes.init_data,
@@ -131,9 +152,14 @@ pub(super) async fn boot(
     let dialled = dir.join(format!("{}_{AGENT_PORT}", vm::VSOCK_FILE));
     let listener = UnixListener::bind(&dialled).map_err(|e| failed(&e))?;
     let mut config = vm_config(pod, &plan, network, cgroup, share, taps)?;
+    let reserved = Withheld::reserve(&plan.cold, ledger).map_err(|e| failed(&e))?;
+    (taken.withheld, config.passed) = reserved;
     let driver = driver(&plan, &mut config)?;
     let cmdline = driver.cmdline(&config).await;
     let attested = attestation(pod, &plan, request, &config, cmdline)?;
+    if let Some(guest) = &mut config.confidential {
+        guest.init_data.clone_from(&attested.init_data);
+    }
     let started = driver.start(config, ledger).await;
     let vm = taken.vm.insert(started.map_err(|e| failed(&e))?);
     pod.timeline.mark(Mark::VmCreated);
@@ -147,7 +173,7 @@ pub(super) async fn boot(
     let (guest, hello) = answered?;
     mark_guest_times(pod, &hello);
     set_up(&guest, request, network, &attested).await?;
-    pod.put_up_gate(attested);
+    pod.put_up_gate(attested, std::mem::take(&mut taken.withheld));
     taken.port_forward = port_forward(network, &guest).await;
     announce(pod, &plan, vm.as_ref(), &guest, &hello);
     Ok(Duration::from_secs(
@@ -184,7 +210,7 @@ async fn first_answer(
 fn driver(plan: &Plan, config: &mut vm::VmConfig) -> Result<&'static dyn vm::Driver> {
     let hypervisor = &plan.config.hypervisor;
     let kvm = config.accelerator == vm::Accelerator::Kvm;
-    let builtin = hypervisor.uses_vmm(kvm, plan.needs_pci);
+    let builtin = hypervisor.uses_vmm(kvm, plan.needs_pci || plan.confidential.is_some());
     let program = if builtin {
         &hypervisor.vmm
     } else {
@@ -204,10 +230,9 @@ fn vm_config(
     taps: Vec<TapNic>,
 ) -> Result<vm::VmConfig> {
     let hypervisor = &plan.config.hypervisor;
-    let wanted = match hypervisor.accelerator {
-        config::Accelerator::Auto => None,
-        config::Accelerator::Kvm => Some(vm::Accelerator::Kvm),
-        config::Accelerator::Tcg => Some(vm::Accelerator::Tcg),
+    let kernel = match plan.confidential {
+        Some(_) => &hypervisor.confidential_kernel,
+        None => &hypervisor.kernel,
     };
     let netns = network
         .netns()
@@ -217,17 +242,19 @@ fn vm_config(
     Ok(vm::VmConfig {
         dir: pod.identity.place.dir().to_owned(),
         program: PathBuf::new(), // the driver's, once that is chosen
-        kernel: hypervisor.kernel.clone(),
+        kernel: kernel.clone(),
         initramfs: hypervisor.initramfs.clone(),
         kernel_params: plan.kernel_params.clone(),
         vcpus: plan.size.vcpus,
         memory_mib: plan.size.memory_mib,
         share: Some(share),
         nics: taps.into_iter().map(nic).collect(),
+        passed: Vec::new(),
         netns: Some(netns),
         cgroup: cgroup.procs_files().map_err(|e| failed(&e))?,
         hotplug_ports: plan.hotplug_ports,
-        accelerator: vm::choose_accelerator(wanted, &plan.config.runtime.state_dir),
+        accelerator: plan.accelerator,
+        confidential: plan.confidential.clone(),
         user: hypervisor.user.get(),
     })
 }
@@ -295,6 +322,7 @@ fn attestation(
         initramfs: config.initramfs.clone(),
         cmdline,
         vcpus: config.vcpus,
+        confidential: config.confidential.clone(),
     };
     let uid = request.annotations.get(spec::SANDBOX_UID);
     let names = (pod.namespace(), pod.id(), uid.map(String::as_str));

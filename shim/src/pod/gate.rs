@@ -7,7 +7,7 @@ use sealpod_protocol::agent;
 
 use super::{Pod, lock};
 use crate::{
-    attest::{Gate, Settings, Took, wanted::Wanted},
+    attest::{Gate, Settings, Took, wanted::Wanted, withhold::Withheld},
     container::Handle,
     error::{Error, Kind, Result},
     ledger::Ledger,
@@ -24,9 +24,9 @@ pub(super) struct Attested {
 
 impl Pod {
     /// Puts up the gate of a VM that has just started.
-    pub(super) fn put_up_gate(self: &Arc<Self>, settings: Settings) {
+    pub(super) fn put_up_gate(self: &Arc<Self>, settings: Settings, withheld: Withheld) {
         let settings = Arc::new(settings);
-        let gate = Owner::spawn(Gate::closed(Arc::clone(&settings), self));
+        let gate = Owner::spawn(Gate::closed(Arc::clone(&settings), self, withheld));
         // Once: a pod has one VM.
         let _ = self.attested.set(Attested { settings, gate });
     }

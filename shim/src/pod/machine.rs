@@ -8,6 +8,7 @@ use super::{
     boot::{self, BootRequest},
 };
 use crate::{
+    attest::withhold::Withheld,
     error::{Error, Kind, Result},
     guest::Guest,
     host_cgroup::HostCgroup,
@@ -28,6 +29,8 @@ pub(super) struct Taken {
     pub(super) network: Option<PodNetwork>,
     pub(super) port_forward: Option<PortForward>,
     pub(super) cgroup: Option<HostCgroup>,
+    /// Until the gate has them. A device can go back once its VM has ended, not before.
+    pub(super) withheld: Withheld,
 }
 
 impl Taken {

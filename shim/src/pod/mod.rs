@@ -9,6 +9,7 @@
 mod boot;
 mod gate;
 mod machine;
+pub(crate) mod protect;
 mod sandbox;
 mod tasks;
 mod timeline;

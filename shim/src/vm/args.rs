@@ -3,8 +3,11 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
-use super::Accelerator;
-use super::process::{INITRAMFS, KERNEL};
+use sealpod_attestation::evidence::Tee;
+
+use super::process::{GUEST_FIRMWARE, INITRAMFS, KERNEL};
+use super::protection::{self, BOUNCE, PROTECTED};
+use super::{Accelerator, Confidential};
 
 /// A firmware that does no more than start a kernel; it is part of QEMU.
 pub(super) const FIRMWARE: &str = "qboot.rom";
@@ -16,7 +19,7 @@ const TCG_CACHE_MIB: u32 = 64;
 /// scheduling and limits.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 /// The machine: q35 (microvm hangs under TCG) without what no guest uses.
-const MACHINE: &str = "q35,memory-backend=mem,hpet=off,smbus=off,sata=off,usb=off,vmport=off,\
+pub(super) const MACHINE: &str = "q35,memory-backend=mem,hpet=off,smbus=off,sata=off,usb=off,vmport=off,\
     graphics=off,dump-guest-core=off,mem-merge=off";
 /// Hot-plug as PCIe has it, which the guest's kernel knows; ACPI's way would shut it out.
 const HOTPLUG: &str = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off";
@@ -44,6 +47,10 @@ pub(super) struct Layout<'a> {
     pub(super) share: Option<RawFd>,
     pub(super) nics: &'a [NicArgs],
     pub(super) hotplug_ports: u32,
+    /// Its vCPUs wait for the monitor's word.
+    pub(super) stopped: bool,
+    /// How its memory is kept from the host, and where this processor has the C-bit.
+    pub(super) protected: Option<(&'a Confidential, (u32, u32))>,
 }
 
 /// The kernel's command line: what this machine needs, then what was asked for. `tsc_khz` is the rate
@@ -103,12 +110,30 @@ pub(super) fn build(vm: &Layout<'_>) -> Vec<OsString> {
     args.flag("-no-user-config");
     // A guest that resets or panics is gone.
     args.flag("-no-reboot");
+    if vm.stopped {
+        args.flag("-S");
+    }
     args.pair("-name", Value::new(&format!("sealpod-{}", vm.name)));
     args.pair("-display", Value::new("none"));
     args.pair("-sandbox", Value::new(SANDBOX));
-    args.pair("-machine", Value::new(MACHINE));
+    let protected = if vm.protected.is_some() {
+        PROTECTED
+    } else {
+        ""
+    };
+    args.pair("-machine", Value::new(&format!("{MACHINE}{protected}")));
     args.pair("-global", Value::new(HOTPLUG));
+    if let Some((guest, bit)) = vm.protected {
+        args.pair("-global", Value::new(BOUNCE));
+        args.pair("-object", protection::object(guest, bit));
+    }
     match vm.accelerator {
+        Accelerator::Kvm if vm.protected.is_some_and(|(c, _)| c.tee == Tee::Snp) => {
+            args.pair("-accel", Value::new("kvm"));
+            // The measurement has the model in it.
+            let cpu = vm.protected.map_or("", |(c, _)| c.cpu.as_str());
+            args.pair("-cpu", Value::new(cpu));
+        }
         Accelerator::Kvm => {
             args.pair("-accel", Value::new("kvm"));
             args.pair("-cpu", Value::new("host"));
@@ -125,7 +150,9 @@ pub(super) fn build(vm: &Layout<'_>) -> Vec<OsString> {
     let backend = Value::new("memory-backend-memfd").with("id", "mem");
     let backend = backend.with("size", &format!("{memory}M"));
     args.pair("-object", backend.with("share", "on"));
-    if vm.firmware {
+    if vm.protected.is_some() {
+        args.pair("-bios", Value::new(GUEST_FIRMWARE));
+    } else if vm.firmware {
         args.pair("-bios", Value::new(FIRMWARE));
     }
     args.pair("-kernel", Value::new(KERNEL));
@@ -180,16 +207,16 @@ pub(super) fn build(vm: &Layout<'_>) -> Vec<OsString> {
 }
 
 /// The options of one device, socket or object: `first,key=value,…`.
-struct Value(String);
+pub(super) struct Value(pub(super) String);
 
 impl Value {
     /// `first` is written as it is.
-    fn new(first: &str) -> Self {
+    pub(super) fn new(first: &str) -> Self {
         Self(first.into())
     }
 
     /// Adds `key=value`. A comma in the value is doubled, so that it does not start a key.
-    fn with(mut self, key: &str, value: &str) -> Self {
+    pub(super) fn with(mut self, key: &str, value: &str) -> Self {
         self.0
             .push_str(&format!(",{key}={}", value.replace(',', ",,")));
         self
@@ -202,14 +229,14 @@ impl Value {
     }
 }
 
-struct Args(Vec<OsString>);
+pub(super) struct Args(pub(super) Vec<OsString>);
 
 impl Args {
-    fn flag(&mut self, text: &str) {
+    pub(super) fn flag(&mut self, text: &str) {
         self.0.push(text.into());
     }
 
-    fn pair(&mut self, flag: &str, value: Value) {
+    pub(super) fn pair(&mut self, flag: &str, value: Value) {
         self.flag(flag);
         self.flag(&value.0);
     }
@@ -229,6 +256,11 @@ impl Args {
 
 #[cfg(test)]
 mod tests {
+    use sealpod_attestation::encoding::base64;
+    use sealpod_attestation::init_data;
+
+    use super::super::process::QUOTE_SOCKET;
+    use super::super::protection::tests::guest;
     use super::*;
 
     fn layout(nics: &[NicArgs]) -> Layout<'_> {
@@ -245,6 +277,8 @@ mod tests {
             share: None,
             nics,
             hotplug_ports: 0,
+            stopped: false,
+            protected: None,
         }
     }
 
@@ -299,6 +333,47 @@ mod tests {
             assert!(all.contains(part), "{part} not in {all}");
         }
         assert!(!all.contains("tcg"));
+    }
+
+    #[test]
+    fn a_confidential_guest_is_measured_bound_to_its_init_data_and_shares_what_devices_need() {
+        let snp = guest(Tee::Snp);
+        let vm = Layout {
+            accelerator: Accelerator::Kvm,
+            protected: Some((&snp, (51, 1))),
+            ..layout(&[])
+        };
+        let all = text(&vm);
+        let host_data = base64(&init_data::host_data(&snp.init_data));
+        for part in [
+            "confidential-guest-support=tee,kernel-irqchip=split,smm=off",
+            "-global virtio-device.iommu_platform=on",
+            "-object sev-snp-guest,id=tee,policy=0x30000,cbitpos=51,reduced-phys-bits=1,kernel-hashes=on",
+            &format!("host-data={host_data}"),
+            "-accel kvm -cpu EPYC-Milan",
+            "-bios /boot/firmware -kernel /boot/vmlinux -initrd /boot/initramfs",
+        ] {
+            assert!(all.contains(part), "{part} not in {all}");
+        }
+        assert!(!all.contains(FIRMWARE) && !all.contains("tdx"));
+
+        let td = guest(Tee::Tdx);
+        let vm = Layout {
+            protected: Some((&td, (0, 0))),
+            ..vm
+        };
+        let all = text(&vm);
+        let object = all.split("-object ").find(|o| o.starts_with('{'));
+        let object = object.and_then(|o| o.split(" -").next()).expect("object");
+        let object: serde_json::Value = serde_json::from_str(object).expect("JSON");
+        assert_eq!(object["qom-type"], "tdx-guest");
+        let bound = base64(&init_data::mr_config_id(&td.init_data));
+        assert_eq!(object["mrconfigid"], bound);
+        assert_eq!(object["quote-generation-socket"]["path"], QUOTE_SOCKET);
+        assert!(all.contains("-accel kvm -cpu host") && !all.contains("sev"));
+        // No plain guest has any of it.
+        let plain = text(&layout(&[]));
+        assert!(!plain.contains("iommu_platform") && !plain.contains("confidential"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::args::CMDLINE_MAX;
 use super::{
     MEMORY_MAX_MIB, MEMORY_MIN_MIB, VCPUS_MAX, VmConfig, VmError, check_initramfs, check_kernel,
+    confidential,
 };
 
 /// Where programs are looked for, besides `PATH`, when a configuration gives a name only.
@@ -42,8 +43,13 @@ pub(super) fn check(config: &VmConfig, cmdline: &str) -> Result<(), VmError> {
         let allowed = "no control characters on the kernel command line".into();
         return Err(refuse("Character", &bad.escape_default(), allowed));
     }
-    check_kernel(&config.kernel)?;
-    check_initramfs(&config.initramfs)?;
+    match &config.confidential {
+        Some(guest) => confidential::check_files(guest, &config.kernel, &config.initramfs)?,
+        None => {
+            check_kernel(&config.kernel)?;
+            check_initramfs(&config.initramfs)?;
+        }
+    }
     Ok(())
 }
 

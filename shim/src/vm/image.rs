@@ -88,6 +88,34 @@ pub fn check_kernel(path: &Path) -> Result<(), ImageError> {
     }
 }
 
+/// Checks that `path` is a bzImage that firmware can start: setup header and EFI entry
+/// (Documentation/arch/x86/boot.rst, efi-stub.rst).
+///
+/// # Errors
+/// [`ImageError`], saying what the file is instead.
+pub fn check_bzimage(path: &Path) -> Result<(), ImageError> {
+    let failed = |source| ImageError::Read {
+        what: "kernel",
+        path: path.into(),
+        source,
+    };
+    let mut head = Vec::new();
+    let file = File::open(path).map_err(failed)?;
+    file.take(0x206).read_to_end(&mut head).map_err(failed)?;
+    let found = match (head.get(0x202..), head.get(..2)) {
+        (Some(b"HdrS"), Some(b"MZ")) => return Ok(()),
+        (Some(b"HdrS"), _) => "a bzImage without an EFI entry",
+        (_, Some(b"\x7fE")) => "ELF",
+        _ => "something else",
+    };
+    Err(ImageError::Kind {
+        what: "kernel",
+        path: path.into(),
+        found,
+        expected: "a bzImage with an EFI entry (CONFIG_EFI_STUB), for firmware to start",
+    })
+}
+
 /// Checks that `path` begins like an initramfs.
 ///
 /// # Errors

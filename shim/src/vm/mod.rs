@@ -13,12 +13,14 @@ mod args;
 mod builtin;
 mod cache;
 mod check;
+pub mod confidential;
 mod console;
 mod hotplug;
 mod image;
 mod passed;
 pub mod probe;
 mod process;
+mod protection;
 mod qemu;
 mod qmp;
 mod tsc;
@@ -36,7 +38,8 @@ use crate::ledger::{Ledger, LedgerError};
 
 pub use builtin::Builtin;
 pub use check::find_program;
-pub use image::{ImageError, check_initramfs, check_kernel};
+pub use confidential::{Confidential, ConfidentialError};
+pub use image::{ImageError, check_bzimage, check_initramfs, check_kernel};
 pub use qemu::Qemu;
 
 /// Least memory of a guest, MiB: below it the kernel, its root and the agent do not come up.
@@ -92,6 +95,8 @@ pub struct VmConfig {
     pub share: Option<OwnedFd>,
     /// Network devices, in the order in which the guest counts them.
     pub nics: Vec<Nic>,
+    /// Devices that are passed in before the guest runs, each on a port.
+    pub passed: Vec<Passed>,
     /// Network namespace in which the VMM runs.
     pub netns: Option<OwnedFd>,
     /// Open `cgroup.procs` files that the VMM joins.
@@ -100,6 +105,8 @@ pub struct VmConfig {
     pub hotplug_ports: u32,
     /// What executes the guest's instructions.
     pub accelerator: Accelerator,
+    /// How its memory is kept from the host, if it is. The kernel is a bzImage then.
+    pub confidential: Option<Confidential>,
     /// User and group id of the VMM process, not 0.
     pub user: u32,
 }
@@ -214,6 +221,9 @@ pub enum VmError {
     /// The kernel or the initramfs cannot be booted.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The host has no such guests.
+    #[error(transparent)]
+    Confidential(#[from] ConfidentialError),
     /// A file or socket of the host could not be had.
     #[error("Cannot {action} {path}")]
     Host {

@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -65,12 +65,16 @@ async fn add_stand_in(
     port: usize,
 ) -> Result<(), VmError> {
     let file = open(path, false)?;
+    let block_device = file
+        .metadata()
+        .is_ok_and(|m| m.file_type().is_block_device());
+    let driver = if block_device { "host_device" } else { "file" };
     let added = qmp.execute_with_fd("add-fd", json!({}), file.as_fd());
     let added = added.await?;
     let set = added.get("fdset-id").and_then(Value::as_u64).unwrap_or(0);
     let attached = async {
         let node = json!({
-            "driver": "file",
+            "driver": driver,
             "node-name": name,
             "filename": format!("/dev/fdset/{set}"),
             "read-only": true,

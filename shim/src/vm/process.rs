@@ -5,13 +5,14 @@
 use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use sealpod_attestation::evidence::Tee;
 use sealpod_vmm::vsock::{self, VhostUserVsock};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -23,6 +24,11 @@ use crate::child::{self, Exit, Jail, Watch};
 /// Where the jail has the guest's kernel and root.
 pub(super) const KERNEL: &str = "/boot/vmlinux";
 pub(super) const INITRAMFS: &str = "/boot/initramfs";
+/// And what a confidential guest needs besides: firmware, and who makes quotes.
+pub(super) const GUEST_FIRMWARE: &str = "/boot/firmware";
+pub(super) const QUOTE_SOCKET: &str = "/boot/quotes";
+/// The security processor of SNP hosts.
+const SEV: &str = "/dev/sev";
 /// Mount point, in the pod's folder, of the VMM's root.
 const JAIL_DIR: &str = "vmm";
 /// Socket, in the pod's folder, that exists for the moment in which the VMM's end is connected.
@@ -52,6 +58,22 @@ pub(super) fn jail(config: &VmConfig, program: &Path) -> Result<Jail, VmError> {
         .file(&config.initramfs, INITRAMFS);
     if config.accelerator == Accelerator::Kvm {
         jail.device("/dev/kvm", KVM_MAJOR, KVM_MINOR);
+    }
+    if let Some(guest) = &config.confidential {
+        jail.file(&guest.firmware, GUEST_FIRMWARE);
+        if let Some(socket) = &guest.quote_socket {
+            jail.file(socket, QUOTE_SOCKET);
+        }
+        if guest.tee == Tee::Snp {
+            // Its number is given out when the driver is loaded.
+            let number = std::fs::metadata(SEV).map_err(|source| VmError::Host {
+                action: "look at",
+                path: SEV.into(),
+                source,
+            })?;
+            let number = number.rdev();
+            jail.device(SEV, rustix::fs::major(number), rustix::fs::minor(number));
+        }
     }
     Ok(jail)
 }

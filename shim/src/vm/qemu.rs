@@ -19,7 +19,7 @@ use super::hotplug::{self, Ports};
 use super::process::{self, ended, mark, pair, start_vsock};
 use super::qmp::Qmp;
 use super::{Accelerator, Disk, Driver, Mark, Nic, Passed, Vm, VmConfig, VmError, VmExit};
-use super::{passed, tsc};
+use super::{confidential, passed, tsc};
 use crate::child::{self, Child, Command};
 use crate::ledger::Ledger;
 
@@ -46,7 +46,10 @@ impl Driver for Qemu {
         let (vsock, vsock_end) = start_vsock(&config.dir)?;
         let accelerator = config.accelerator;
         let ports = Ports::new(config.hotplug_ports);
-        let command = command(config, &cmdline, monitor_end, console_end, vsock_end)?;
+        let mut config = config;
+        let passed = std::mem::take(&mut config.passed);
+        let ends = [monitor_end, console_end, vsock_end];
+        let command = command(config, &cmdline, ends, !passed.is_empty())?;
 
         let child = child::spawn(command, ledger).await?;
         let mut marks = vec![mark("vmm_spawned")];
@@ -63,6 +66,11 @@ impl Driver for Qemu {
                 });
             }
         };
+        if let Err(e) = pass_all(&qmp, &ports, &passed).await {
+            child.kill();
+            ended(exit).await;
+            return Err(e);
+        }
         // The monitor answers once the machine is built; then its vCPUs run.
         marks.push(mark("vcpus_started"));
         Ok(Arc::new(Machine {
@@ -77,6 +85,17 @@ impl Driver for Qemu {
             marks,
         }))
     }
+}
+
+/// Gives a machine whose vCPUs stand still its devices, and lets it run.
+async fn pass_all(qmp: &Qmp, ports: &Ports, devices: &[Passed]) -> Result<(), VmError> {
+    if devices.is_empty() {
+        return Ok(());
+    }
+    for device in devices {
+        passed::add(qmp, ports, device).await?;
+    }
+    qmp.execute("cont", json!({})).await.map(drop)
 }
 
 /// The guest's command line. The first time after a boot of the host, a measurement blocks.
@@ -102,9 +121,8 @@ async fn cmdline(config: &VmConfig) -> String {
 fn command(
     config: VmConfig,
     cmdline: &str,
-    monitor: OwnedFd,
-    console: OwnedFd,
-    vsock: OwnedFd,
+    [monitor, console, vsock]: [OwnedFd; 3],
+    stopped: bool,
 ) -> Result<Command, VmError> {
     let program = find_program(&config.program)?;
     let prefix = match program.parent() {
@@ -113,6 +131,7 @@ fn command(
     };
     let firmware = prefix.is_some_and(|p| p.join("share/qemu").join(args::FIRMWARE).exists());
     let jail = process::jail(&config, prefix.unwrap_or(&program))?;
+    let bit = confidential::encryption_bit();
 
     let mut command = Command::new("qemu", &program);
     let nics: Vec<NicArgs> = config
@@ -137,6 +156,8 @@ fn command(
         share: config.share.map(|share| command.fd(share)),
         nics: &nics,
         hotplug_ports: config.hotplug_ports,
+        stopped,
+        protected: config.confidential.as_ref().map(|guest| (guest, bit)),
     };
     command.args(args::build(&layout));
     command.cgroup(config.cgroup);

@@ -133,10 +133,12 @@ impl Bench {
             memory_mib: 96,
             share: None,
             nics: Vec::new(),
+            passed: Vec::new(),
             netns: None,
             cgroup: Vec::new(),
             hotplug_ports: 1,
             accelerator: choose_accelerator(None, self.base.path()),
+            confidential: None,
             user: 64_777,
         }
     }

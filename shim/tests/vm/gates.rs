@@ -45,6 +45,11 @@ struct Skipped {
 
 impl Skipped {
     async fn start(bench: &Bench) -> Self {
+        Self::start_with(bench, false).await
+    }
+
+    /// `cold`: the device is there before the guest runs.
+    async fn start_with(bench: &Bench, cold: bool) -> Self {
         let signer = Signer::generate().unwrap();
         let mut init = InitData::default();
         let key = serde_json::to_string(signer.public()).unwrap();
@@ -61,11 +66,19 @@ impl Skipped {
         config.program = "qemu-system-x86_64".into();
         config.initramfs = guest_file("initramfs.cpio");
         config.memory_mib = 160;
+        let device = Passed::StandIn {
+            id: DEVICE.into(),
+            path: bench.file("content", &[7; 1 << 20]),
+        };
+        if cold {
+            config.passed.push(device.clone());
+        }
         let launch = Launch {
             kernel: config.kernel.clone(),
             initramfs: config.initramfs.clone(),
             cmdline: Qemu.cmdline(&config).await,
             vcpus: 1,
+            confidential: None,
         };
         let ca = bench.file("marker", b"").with_file_name("ca");
         Ca::create(&ca, Timestamp(i64::try_from(now()).unwrap())).unwrap();
@@ -88,11 +101,9 @@ impl Skipped {
         };
         let agent = guest.agent();
         agent.setup_sandbox(Guest::soon(), &request).await.unwrap();
-        let device = Passed::StandIn {
-            id: DEVICE.into(),
-            path: bench.file("content", &[7; 1 << 20]),
-        };
-        vm.pass(device).await.unwrap();
+        if !cold {
+            vm.pass(device).await.unwrap();
+        }
         Self {
             guest,
             vm,
@@ -105,11 +116,15 @@ impl Skipped {
 
     /// Asks for evidence; returns what a verifier would say of it.
     async fn claims(&mut self) -> Claims {
+        self.claims_of(vec![DEVICE.into()]).await
+    }
+
+    async fn claims_of(&mut self, devices: Vec<String>) -> Claims {
         self.nonces += 1;
         let nonce = Nonce([self.nonces; 32]);
         let request = agent::AttestRequest {
             nonce: nonce.0.to_vec(),
-            devices: vec![DEVICE.into()],
+            devices: devices.clone(),
             simulator_key: self.simulator.key().to_vec(),
             ..Default::default()
         };
@@ -146,15 +161,19 @@ impl Skipped {
             policy_digest: String::new(),
             evidence_digest: hex(&bundle.digest()),
             init_data_digest: hex(&init_data::digest(&self.init_data)),
-            devices: vec![DEVICE.into()],
+            devices,
             sim: true,
         }
     }
 
     async fn admit(&self, token: String) -> Result<(), String> {
+        self.admit_all(token, vec![DEVICE.into()]).await
+    }
+
+    async fn admit_all(&self, token: String, devices: Vec<String>) -> Result<(), String> {
         let request = agent::AdmitDevicesRequest {
             token,
-            devices: vec![DEVICE.into()],
+            devices,
             ..Default::default()
         };
         let done = self
@@ -290,10 +309,70 @@ async fn a_lease_that_is_not_renewed_ends_in_the_guest_by_itself() {
     let token = skipped.signer.token(&claims).unwrap();
     skipped.admit(token).await.unwrap();
     let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while !skipped.container().await.contains("is not admitted") {
+    while !skipped.container().await.contains("lease has ended") {
         assert!(std::time::Instant::now() < until, "the lease does not end");
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     }
+    // A lease of the pod alone lets it run again, without the device.
+    let claims = skipped.claims_of(Vec::new()).await;
+    let token = skipped.signer.token(&claims).unwrap();
+    skipped.admit_all(token, Vec::new()).await.unwrap();
+    assert!(skipped.container().await.contains("is not admitted"));
+    skipped.vm.stop().await;
+    drop(skipped);
+    bench.finish();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_without_a_device_ends_in_the_guest_and_nothing_is_run_then() {
+    let Some(bench) = Bench::new() else { return };
+    if !guest_file("initramfs.cpio").exists() {
+        skip("the initramfs with the agent is not built");
+        return;
+    }
+    let mut skipped = Skipped::start(&bench).await;
+    let mut claims = skipped.claims_of(Vec::new()).await;
+    claims.exp = claims.iat + 4;
+    let token = skipped.signer.token(&claims).unwrap();
+    skipped.admit_all(token, Vec::new()).await.unwrap();
+    const OVER: &str = "lease has ended";
+    assert!(!skipped.container().await.contains(OVER));
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !skipped.container().await.contains(OVER) {
+        assert!(std::time::Instant::now() < until, "the lease does not end");
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    // Another one lets things run again.
+    let claims = skipped.claims_of(Vec::new()).await;
+    let token = skipped.signer.token(&claims).unwrap();
+    skipped.admit_all(token, Vec::new()).await.unwrap();
+    assert!(!skipped.container().await.contains(OVER));
+    skipped.vm.stop().await;
+    drop(skipped);
+    bench.finish();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_there_from_the_start_is_closed_until_the_token_and_can_leave() {
+    let Some(bench) = Bench::new() else { return };
+    if !guest_file("initramfs.cpio").exists() {
+        skip("the initramfs with the agent is not built");
+        return;
+    }
+    let mut skipped = Skipped::start_with(&bench, true).await;
+    const NOT: &str = "is not admitted";
+    assert!(skipped.container().await.contains(NOT));
+    // It is live: the agent gives evidence of it, and the token opens it.
+    let claims = skipped.claims().await;
+    assert!(skipped.container().await.contains(NOT));
+    let token = skipped.signer.token(&claims).unwrap();
+    skipped.admit(token).await.unwrap();
+    assert!(!skipped.container().await.contains(NOT));
+    let agent = skipped.guest.agent();
+    let all = agent::RevokeDevicesRequest::default();
+    agent.revoke_devices(Guest::soon(), &all).await.unwrap();
+    assert!(skipped.container().await.contains(NOT));
+    skipped.vm.take_back(DEVICE).await.unwrap();
     skipped.vm.stop().await;
     drop(skipped);
     bench.finish();

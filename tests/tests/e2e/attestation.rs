@@ -66,7 +66,15 @@ fn a_pod_that_is_not_affirmed_does_not_start_and_is_told_the_check() {
     assert!(done.text().contains("check measurement"), "{}", done.text());
     assert!(!done.stdout.contains("ran"));
 
-    for (defect, check) in [("debug", "policy-debug"), ("unknown-root", "vek-chain")] {
+    // The last: evidence of another nonce, key or pod, as a replay has it.
+    for (defect, check) in [
+        ("debug", "policy-debug"),
+        ("unknown-root", "vek-chain"),
+        ("expired-certificate", "vek-chain"),
+        ("wrong-key", "report-signature"),
+        ("tampered", "report-signature"),
+        ("report-data", "report-data"),
+    ] {
         let node = Node {
             defect: defect.into(),
             ..Node::default()
@@ -136,6 +144,97 @@ fn a_lease_is_renewed_and_its_loss_takes_the_device_away() {
             std::fs::remove_file(log).unwrap();
         }
     }
+    env.assert_clean();
+}
+
+#[test]
+fn a_pod_without_a_device_is_renewed_too_and_ends_or_stands_still_when_it_is_refused() {
+    need!(assets::complete());
+    let env = Env::attesting(Version::V1_7).unwrap();
+    for (on_loss, wanted) in [("kill", "STOPPED"), ("freeze", "PAUSED")] {
+        let node = Node {
+            lease_seconds: 2,
+            on_loss: on_loss.into(),
+            ..Node::default()
+        };
+        env.reconfigure(&node).unwrap();
+        env.expect_pod_without_devices(&[]).unwrap();
+        let id = env.id(&format!("policy-{on_loss}"));
+        env.ctr_start(&POLICY, &id, &["sleep", "600"]);
+        let patience = Duration::from_secs(30);
+        wait::until("a renewal", patience, || {
+            env.audit().contains("\"event\":\"lease\"").then_some(())
+        });
+        assert_eq!(env.ctr_status(&id).as_deref(), Some("RUNNING"));
+        env.expect_pod_without_devices(&["something.else=1"])
+            .unwrap();
+        wait::until(wanted, patience, || {
+            (env.ctr_status(&id).as_deref() == Some(wanted)).then_some(())
+        });
+        assert!(env.audit().contains("\"event\":\"revocation\""));
+        env.ctr_remove(&id);
+        for log in env.audit_logs() {
+            std::fs::remove_file(log).unwrap();
+        }
+    }
+    env.assert_clean();
+}
+
+/// A specification of the Container Device Interface whose device is made of the stand-in's content.
+fn write_cdi(env: &Env) {
+    let at = |name: &str| env.folder().join(name);
+    let text = format!(
+        r#"{{"cdiVersion": "0.6.0", "kind": "sealpod.io/cdi", "devices": [{{"name": "gpu1",
+        "containerEdits": {{"env": ["CDI_GPU=gpu1"], "deviceNodes": [
+        {{"path": "/dev/cdi-gpu", "hostPath": "{}", "permissions": "r"}}]}}}}]}}"#,
+        at("content.img").display()
+    );
+    std::fs::write(at("cdi.json"), text).unwrap();
+    let device = format!(
+        "[attestation.devices.\"sealpod.io/cdi=gpu1\"]\nkind = \"cdi\"\nspec = \"{}\"\n",
+        at("cdi.json").display()
+    );
+    std::fs::create_dir_all(at("sealpod.toml.d")).unwrap();
+    std::fs::write(at("sealpod.toml.d/cdi.toml"), device).unwrap();
+}
+
+#[test]
+fn a_device_by_cdi_is_withheld_until_the_token_and_taken_away_after() {
+    need!(assets::complete());
+    let env = Env::attesting(Version::V1_7).unwrap();
+    write_cdi(&env);
+    let asks = [
+        "--annotation",
+        "io.sealpod.attestation.devices=sealpod.io/cdi=gpu1",
+    ];
+    let script = format!("echo $CDI_GPU; head -c {} /dev/cdi-gpu", CONTENT.len());
+    let other = ["--annotation", "io.sealpod.kernel_params=sealed.not=1"];
+    let refused = [&asks[..], &other].concat();
+    let done = env.ctr_run(&refused, &env.id("refused"), &["sh", "-c", &script]);
+    assert!(done.text().contains("check measurement"), "{}", done.text());
+    assert!(!done.stdout.contains(CONTENT) && !done.stdout.contains("gpu1"));
+
+    let done = env.ctr_run(&asks, &env.id("cdi"), &["sh", "-c", &script]);
+    assert_eq!(done.ok().stdout, format!("gpu1\n{CONTENT}"));
+
+    let node = Node {
+        lease_seconds: 2,
+        on_loss: "freeze".into(),
+        ..Node::default()
+    };
+    env.reconfigure(&node).unwrap();
+    let id = env.id("lost");
+    env.ctr_start(&asks, &id, &["sleep", "600"]);
+    env.expect(&["something.else=1"]).unwrap();
+    let patience = Duration::from_secs(30);
+    wait::until("PAUSED", patience, || {
+        (env.ctr_status(&id).as_deref() == Some("PAUSED")).then_some(())
+    });
+    wait::until("the device is back", patience, || {
+        let busy = env.run("flock", &["-n", "content.img", "true"]);
+        (busy.code == 0).then_some(())
+    });
+    env.ctr_remove(&id);
     env.assert_clean();
 }
 

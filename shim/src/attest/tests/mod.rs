@@ -4,8 +4,13 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
+
+mod leases;
 
 use async_trait::async_trait;
 use sealpod_attestation::{
@@ -31,14 +36,10 @@ use super::{
     fake::Fake,
     launch::Launch,
     verifier::{Appraiser, unix_now},
-    wanted::Wanted,
+    wanted::{Given, Wanted},
+    withhold::Withheld,
 };
-use crate::{
-    config::{self, Device, OnLoss},
-    guest::Guest,
-    pod::Pod,
-    vm::VSOCK_FILE,
-};
+use crate::{config, guest::Guest, pod::Pod, vm::VSOCK_FILE};
 
 const INIT_KEY: [u8; 48] = [7; 48];
 
@@ -70,6 +71,8 @@ struct LyingAgent {
     /// From the second question on where the first was told the truth.
     lie: Arc<Mutex<(Lie, bool)>>,
     before: Mutex<Option<(Nonce, Vec<u8>)>>,
+    /// How often it was asked to open its gate.
+    admissions: Arc<AtomicUsize>,
 }
 
 impl LyingAgent {
@@ -176,6 +179,7 @@ impl agent_ttrpc::Agent for LyingAgent {
         _: &TtrpcContext,
         _: agent::AdmitDevicesRequest,
     ) -> ttrpc::Result<agent::Empty> {
+        self.admissions.fetch_add(1, Ordering::SeqCst);
         Ok(agent::Empty::new())
     }
 }
@@ -186,6 +190,7 @@ struct Bench {
     config: config::Config,
     launch: Launch,
     lie: Arc<Mutex<(Lie, bool)>>,
+    admissions: Arc<AtomicUsize>,
 }
 
 fn now() -> Timestamp {
@@ -212,10 +217,12 @@ impl Bench {
             initramfs: at("initramfs"),
             cmdline: "quiet".into(),
             vcpus: 1,
+            confidential: None,
         };
         let mut bench = Self {
             config: config::Config::default(),
             lie: Arc::new(Mutex::new((Lie::None, false))),
+            admissions: Arc::default(),
             launch,
             dir,
         };
@@ -244,7 +251,8 @@ impl Bench {
         vec![Wanted {
             id: "gpu0".into(),
             path: "/dev/gpu0".into(),
-            device: Device::StandIn { path },
+            device: Given::Disk { path },
+            cold: false,
         }]
     }
 
@@ -274,11 +282,12 @@ impl Bench {
             init_data: settings.init_data.clone(),
             lie: Arc::clone(&self.lie),
             before: Mutex::default(),
+            admissions: Arc::clone(&self.admissions),
         };
         let guest = connect(&folder, agent).await;
         let vm = Arc::new(Fake::default());
         pod.pretend(guest, Arc::clone(&vm) as _).await;
-        let gate = Gate::closed(settings, &pod);
+        let gate = Gate::closed(settings, &pod, Withheld::default());
         (pod, gate, vm)
     }
 
@@ -290,6 +299,11 @@ impl Bench {
         assert!(vm.passed().is_empty(), "{lie:?}");
         assert_eq!(vm.ever().is_empty(), !later, "{lie:?}");
         crate::error::chain(&e)
+    }
+
+    /// How often agents were asked to open their gate since the last call.
+    fn admissions(&self) -> usize {
+        self.admissions.swap(0, Ordering::SeqCst)
     }
 
     /// Lines of all audit logs.
@@ -393,42 +407,6 @@ async fn production_anchors_expired_collateral_and_a_verifier_that_is_down_open_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lease_is_renewed_until_the_reference_values_change_then_the_device_goes_back() {
-    let mut bench = Bench::new();
-    for on_loss in [OnLoss::Kill, OnLoss::Freeze] {
-        let good = hex(&bench.launch.measurement().expect("measurement"));
-        bench.expect_measurement(&good);
-        for policy in bench.config.attestation.policies.values_mut() {
-            policy.on_loss = on_loss;
-        }
-        let (_pod, mut gate, vm) = bench.pod().await;
-        let admitted = gate.admit(bench.wanted()).await.expect("admitted");
-        assert_eq!(
-            (admitted[0].id.as_str(), admitted[0].path.as_str()),
-            ("gpu0", "/dev/gpu0")
-        );
-        assert_eq!(vm.passed(), ["gpu0"]);
-        let next = gate.renew().await.expect("renewed");
-        assert!((1..=150).contains(&next.as_secs()), "{next:?}");
-        assert_eq!(vm.passed(), ["gpu0"]);
-
-        bench.expect_measurement(&"ab".repeat(48));
-        assert_eq!(gate.renew().await, None);
-        assert!(vm.passed().is_empty());
-        assert_eq!(vm.stopped(), on_loss == OnLoss::Kill);
-        let e = gate.admit(bench.wanted()).await.expect_err("lost");
-        assert!(e.to_string().contains("lost its lease"), "{e}");
-    }
-    let audit = bench.audit();
-    assert_eq!(audit.matches("\"event\":\"lease\"").count(), 2, "{audit}");
-    assert_eq!(
-        audit.matches("\"event\":\"revocation\"").count(),
-        2,
-        "{audit}"
-    );
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_another_pod_has_stays_with_it() {
     let bench = Bench::new();
     let (_first, mut gate, vm) = bench.pod().await;
@@ -457,7 +435,7 @@ fn a_verifier_that_was_restarted_knows_no_nonce_of_before() {
         key,
         init_data: Vec::new(),
     };
-    let start = || Appraiser::new(config, &policy, "log").expect("verifier");
+    let start = || Appraiser::new(config, &policy, None, "log").expect("verifier");
     let check = |verifier: &Appraiser, nonce| {
         let word = verifier.appraise(nonce, "uid-1", "sealpod", &bundle);
         word.expect_err("refused").to_string()
