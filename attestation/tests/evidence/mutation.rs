@@ -10,7 +10,7 @@
 //! not zero is refused for its padding, whatever else is changed in that. Not here are the files whose
 //! signature is wrong as they are; each is refused in its own test, and no change is to be seen in it.
 //!
-//! All of it takes some two minutes of one processor; nothing of what a change can touch is remembered
+//! All of it takes some two and a half minutes of one processor; nothing of what a change can touch is remembered
 //! (the crate remembers good signatures of endorsements and manifests by their whole content).
 
 use std::collections::BTreeSet;
