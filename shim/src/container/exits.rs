@@ -1,11 +1,16 @@
 //! How the ends of processes are learned and told: each once, those of execs before that of the container
 //! which took them along.
 
+use std::time::Duration;
+
 use containerd_shim_protos::events::task as ev;
 use tokio::sync::watch;
 
 use super::{Container, Exit, Handle, Phase, Process};
 use crate::{events::Event, guest::Guest, io};
+
+/// How long the exit of a container may wait for those of its execs. Normally they come with it.
+const EXECS: Duration = Duration::from_secs(2);
 
 impl Handle {
     /// See [`crate::pod::Pod`]: the VM has ended, and every process with it.
@@ -49,16 +54,26 @@ impl Handle {
         });
     }
 
-    /// Returns when the exits of all execs are told. With init they end; told after it, a client would
-    /// have deleted the task, and would never let go of their streams.
+    /// Returns when the exits of all execs are told, but for those whose clients take no output. With init
+    /// they end; told after it, a client would have deleted the task, and would never let go of their
+    /// streams.
     async fn execs_told(&self) {
         let running = self
             .owner
             .call(|c| Box::pin(async move { c.running_execs() }));
-        for exited in &mut running.await.unwrap_or_default() {
-            // One that is deleted meanwhile is over, too.
-            let _ = exited.wait_for(Option::is_some).await;
+        let told = all_told(running.await.unwrap_or_default());
+        if tokio::time::timeout(EXECS, told).await.is_err() {
+            tracing::info!(
+                "A container's exit is told before those of its execs: their output is stuck"
+            );
         }
+    }
+}
+
+async fn all_told(execs: Vec<watch::Receiver<Option<Exit>>>) {
+    for mut exited in execs {
+        // One that is deleted meanwhile is over, too.
+        let _ = exited.wait_for(Option::is_some).await;
     }
 }
 
@@ -90,9 +105,9 @@ impl Container {
         };
         self.publish(Event::Exit(event)).await;
         if exec_id.is_empty() && self.alone {
-            // Nothing can run again in the VM of a pod that is one container: it goes now, not when
-            // somebody comes to delete the task.
-            self.pod.stop_vm_soon();
+            // Nothing can run again in the VM of a pod that is one container: it goes when all is told,
+            // not when somebody comes to delete the task.
+            self.pod.stop_vm_after(all_told(self.running_execs()));
         }
     }
 

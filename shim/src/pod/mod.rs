@@ -219,10 +219,13 @@ impl Pod {
         }
     }
 
-    /// [`Pod::stop_vm`], not waited for.
-    pub(crate) fn stop_vm_soon(self: &Arc<Self>) {
+    /// [`Pod::stop_vm`] when `last` has happened; neither is waited for.
+    pub(crate) fn stop_vm_after(self: &Arc<Self>, last: impl Future<Output = ()> + Send + 'static) {
         let pod = Arc::clone(self);
-        tokio::spawn(async move { pod.stop_vm().await });
+        tokio::spawn(async move {
+            last.await;
+            pod.stop_vm().await;
+        });
     }
 
     /// Returns when the VM has ended.
