@@ -63,6 +63,9 @@ mod bodies {
             "{}",
             channels.text(STDOUT)
         );
+        // As kubectl does. A pod that is removed while containerd still ends the exec keeps it from ever
+        // closing the exec's pipes: it first asks how a task is that it has deleted itself.
+        channels.read_to_end().unwrap();
         cri.remove_pod(&pod).unwrap();
         env.assert_clean();
     }
