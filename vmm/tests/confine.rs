@@ -14,7 +14,7 @@ use std::process::{Command, Output};
 use std::ptr::null_mut;
 use std::thread;
 
-use sealpod_vmm::confine::{self, FORBIDDEN, Thread};
+use sealpod_vmm::confine::{self, FORBIDDEN, May, Thread};
 
 /// Names the case that a process is.
 const CASE: &str = "SEALPOD_TEST_CONFINED";
@@ -36,7 +36,7 @@ fn in_thread(kind: &str, work: impl FnOnce() + Send + 'static) -> ! {
     let kind = Thread::ALL.into_iter().find(|k| k.name() == kind).unwrap();
     confine::process().unwrap();
     let confined = move || {
-        confine::thread(kind).unwrap();
+        confine::thread(kind, May::BeSaved).unwrap();
         work();
     };
     let thread = thread::Builder::new().name(kind.name().into());
@@ -58,7 +58,7 @@ fn end(status: i32) -> ! {
 /// Confines this thread as one of a kind, makes a system call, and ends well.
 fn confined(kind: Thread, call: &str) -> ! {
     confine::process().unwrap();
-    confine::thread(kind).unwrap();
+    confine::thread(kind, May::BeSaved).unwrap();
     // SAFETY: none of these uses memory of this process; all but the last are forbidden.
     unsafe {
         match call {

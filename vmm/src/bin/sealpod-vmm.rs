@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, mpsc};
 
+use sealpod_vmm::confine::May;
 use sealpod_vmm::control;
 use sealpod_vmm::machine::{Boot, Config, End, Machine};
 use sealpod_vmm::virtio::{Block, Device, Net, NetConfig, Rng, open_tap};
@@ -42,11 +43,7 @@ fn main() -> ExitCode {
         }
     };
     match result {
-        Ok(End::Guest) => ExitCode::SUCCESS,
-        Ok(End::Failed(why)) => {
-            eprintln!("sealpod-vmm: {why}");
-            ExitCode::FAILURE
-        }
+        Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             let mut text = e.to_string();
             let mut source = e.source();
@@ -61,24 +58,26 @@ fn main() -> ExitCode {
 }
 
 /// Serves the shim on inherited descriptors.
-fn serve(control: &str, descriptors: &str) -> Result<End, Failure> {
+fn serve(control: &str, descriptors: &str) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let number = |word: &str| word.parse().map_err(|e| format!("{word}: {e}"));
-    runtime.block_on(control::serve(number(control)?, number(descriptors)?))?;
-    Ok(End::Guest)
+    runtime.block_on(control::serve(number(control)?, number(descriptors)?))
 }
 
 /// Boots a machine and waits for its end.
-fn boot(arguments: &[String]) -> Result<End, Failure> {
+fn boot(arguments: &[String]) -> Result<(), Failure> {
     let config = parse(arguments)?;
     let (tell, told) = mpsc::channel();
     let machine = Machine::new(config, move |end| {
         let _ = tell.send(end);
     })?;
     machine.resume();
-    Ok(told.recv()?)
+    match told.recv()? {
+        End::Reset | End::TripleFault => Ok(()),
+        End::Failed(why) => Err(why.into()),
+    }
 }
 
 fn parse(arguments: &[String]) -> Result<Config, Failure> {
@@ -143,6 +142,6 @@ fn parse(arguments: &[String]) -> Result<Config, Failure> {
         console: File::from(console),
         devices,
         spare_slots,
-        confined: true,
+        confined: Some(May::Run),
     })
 }

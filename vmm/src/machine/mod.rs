@@ -32,7 +32,7 @@ pub use boot::Boot;
 pub use layout::{CMDLINE_MAX, DEVICES_MAX};
 pub use saved::Restore;
 
-use crate::confine;
+use crate::confine::{self, May};
 use crate::mmio::Transport;
 use crate::virtio::Device;
 use bus::{Bus, lock};
@@ -61,16 +61,18 @@ pub struct Config {
     pub devices: Vec<Arc<Mutex<dyn Device>>>,
     /// Slots for devices that come later; with `devices` at most [`DEVICES_MAX`].
     pub spare_slots: usize,
-    /// Whether to confine the calling thread and the machine's ([`confine`]): for a process that
-    /// has nothing to do but this. Such a machine cannot be saved.
-    pub confined: bool,
+    /// To confine the calling thread and the machine's ([`confine`]), for a process that has nothing
+    /// to do but this: what they may still do.
+    pub confined: Option<May>,
 }
 
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
-    /// The guest has reset it, which is how a guest ends.
-    Guest,
+    /// The guest has reset it by the keyboard controller.
+    Reset,
+    /// The guest has reset it by a triple fault, which is how sealpod's end.
+    TripleFault,
     /// KVM could not go on with it, for this reason.
     Failed(String),
 }

@@ -12,7 +12,7 @@ use super::bus::Bus;
 use super::serving::Serving;
 use super::vcpu::Vcpus;
 use super::{End, Error, Machine, layout, serial};
-use crate::confine;
+use crate::confine::{self, May};
 use crate::mmio::{INTERRUPT_ACK, Page, QUEUE_NOTIFY, Transport, USED_BUFFER};
 use crate::virtio::{Device, Memory};
 
@@ -71,10 +71,10 @@ impl Parts {
     /// Starts the threads, paused; confined ones, and the calling one, before any runs the guest.
     pub(super) fn start(
         self,
-        confined: bool,
+        confined: Option<May>,
         ended: impl FnOnce(End) + Send + 'static,
     ) -> Result<Machine, Error> {
-        if confined {
+        if confined.is_some() {
             confine::process()?;
         }
         let last_words = Arc::clone(&self.bus);
@@ -84,8 +84,8 @@ impl Parts {
         };
         let vcpus = Vcpus::start(self.cpus, &self.bus, confined, ended)?;
         self.serving.start(confined)?;
-        if confined {
-            confine::thread(confine::Thread::Main)?;
+        if let Some(may) = confined {
+            confine::thread(confine::Thread::Main, may)?;
         }
         Ok(Machine {
             vcpus,

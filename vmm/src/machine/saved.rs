@@ -2,25 +2,25 @@
 //! `snapshot`'s; here is what of a machine goes into them, and in which order it comes back.
 //!
 //! ```text
-//!  paused ── save(folder) ──▶ paused, unchanged
-//!  folder ── Machine::restore ──▶ paused ── resume() ──▶ running, as if nothing had been
+//!  paused ── save(files) ──▶ paused, unchanged
+//!  files ── Machine::restore ──▶ paused ── resume() ──▶ running, as if nothing had been
 //! ```
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::bus::lock;
 use super::parts::{Parts, SlotPlan};
 use super::{End, Error, Machine, lock_device, memory};
+use crate::confine::May;
 use crate::mmio::Transport;
-use crate::snapshot::{self, MachineState, SlotDevice, SlotState, VcpuState, VmState};
+use crate::snapshot::{self, Files, MachineState, SlotDevice, SlotState, VcpuState, VmState};
 use crate::virtio::Device;
 
 /// A machine to be, as one that was written down.
 pub struct Restore {
-    /// The folder it was written into; it may be used by any number of machines.
-    pub snapshot: PathBuf,
+    /// What it was written into; any number of machines may use it.
+    pub snapshot: Files,
     /// Whether another process shares the memory, which then is copied; else only what the guest
     /// writes is.
     pub shared_memory: bool,
@@ -28,15 +28,18 @@ pub struct Restore {
     pub console: File,
     /// Its devices, made as those of the first machine were, in the order of their slots.
     pub devices: Vec<Arc<Mutex<dyn Device>>>,
+    /// As in [`Config::confined`](super::Config::confined).
+    pub confined: Option<May>,
 }
 
 impl Machine {
-    /// Writes the machine, which must be paused, into an empty folder.
+    /// Writes the machine, which must be paused, into empty files. One that is confined must be one
+    /// that may be saved ([`May::BeSaved`]).
     ///
     /// # Errors
     /// [`Error`]: it is not paused, a device cannot be written down (which is named), or a file
     /// cannot be written.
-    pub fn save(&self, folder: &Path) -> Result<(), Error> {
+    pub fn save(&self, into: &Files) -> Result<(), Error> {
         let registers = snapshot::registers(&self.kvm)?;
         let vcpus = (self.vcpus)
             .each(move |vcpu| VcpuState::save(vcpu, &registers))
@@ -49,7 +52,7 @@ impl Machine {
             serial: lock(&self.bus.console).state().into(),
             slots: slots.collect::<Result<_, Error>>()?,
         };
-        Ok(snapshot::write(folder, &state, &self.memory)?)
+        Ok(snapshot::write(into, &state, &self.memory)?)
     }
 
     /// Builds a machine, paused, that goes on where another one stood. `ended` as for
@@ -61,16 +64,17 @@ impl Machine {
         restore: Restore,
         ended: impl FnOnce(End) + Send + 'static,
     ) -> Result<Self, Error> {
-        let (state, file) = snapshot::read(&restore.snapshot)?;
+        let state = snapshot::read(&restore.snapshot)?;
+        let file = &restore.snapshot.memory;
         let guest = match restore.shared_memory {
-            false => snapshot::map(&state.regions, &file)?,
+            false => snapshot::map(&state.regions, file)?,
             true => {
                 let bytes = state.regions.iter().map(|region| region.size).sum();
                 let guest = memory::create(bytes, true)?;
                 if snapshot::regions(&guest) != state.regions {
                     return Err(Error::Unfit("its memory lies elsewhere".into()));
                 }
-                snapshot::fill(&guest, &file)?;
+                snapshot::fill(&guest, file)?;
                 guest
             }
         };
@@ -86,7 +90,7 @@ impl Machine {
         for (slot, saved) in parts.bus.slots.iter().zip(&state.slots) {
             restore_slot(&mut lock(slot), saved)?;
         }
-        parts.start(false, ended)
+        parts.start(restore.confined, ended)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use super::{Error, lock_device};
-use crate::confine;
+use crate::confine::{self, May};
 use crate::virtio::{Device, EventLoop, Watch};
 
 /// Type of block devices (VIRTIO 1.2, section 5).
@@ -32,14 +32,14 @@ impl Serving {
     }
 
     /// Starts the threads; returns when they are confined, if they are to be.
-    pub(super) fn start(&self, confined: bool) -> Result<(), Error> {
+    pub(super) fn start(&self, confined: Option<May>) -> Result<(), Error> {
         let (tell, told) = mpsc::channel();
         for (name, events) in [("disks", &self.disks), ("devices", &self.others)] {
             let (events, tell) = (Arc::clone(events), tell.clone());
             let body = move || {
                 let ready = match confined {
-                    true => confine::thread(confine::Thread::Devices),
-                    false => Ok(()),
+                    Some(may) => confine::thread(confine::Thread::Devices, may),
+                    None => Ok(()),
                 };
                 let go = ready.is_ok();
                 // Whoever started it waits for this.
@@ -146,7 +146,7 @@ mod tests {
     #[test]
     fn nobody_waits_for_a_slow_disk_but_another_disk() {
         let serving = Serving::new().unwrap();
-        serving.start(false).unwrap();
+        serving.start(None).unwrap();
         let (say, said) = mpsc::channel();
         let (mut ends, mut kicks) = (Vec::new(), Vec::new());
         let mut kick = |kind| {

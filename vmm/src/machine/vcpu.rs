@@ -22,7 +22,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::bus::Bus;
 use super::{End, Error};
-use crate::confine;
+use crate::confine::{self, May};
 
 /// A thread that did not see its signal, because it was about to enter the guest, gets another.
 const KICK_EVERY: Duration = Duration::from_millis(2);
@@ -68,7 +68,7 @@ impl Vcpus {
     pub(super) fn start(
         cpus: Vec<VcpuFd>,
         bus: &Arc<Bus>,
-        confined: bool,
+        confined: Option<May>,
         ended: impl FnOnce(End) + Send + 'static,
     ) -> Result<Self, Error> {
         handle_kicks().map_err(Error::io("handle the signal that interrupts vCPUs"))?;
@@ -173,13 +173,13 @@ impl Vcpus {
     }
 }
 
-fn confine(wanted: bool) -> Result<(), String> {
+fn confine(wanted: Option<May>) -> Result<(), String> {
     match wanted {
-        true => confine::thread(confine::Thread::Vcpu).map_err(|e| match e.source() {
+        Some(may) => confine::thread(confine::Thread::Vcpu, may).map_err(|e| match e.source() {
             Some(cause) => format!("{e}: {cause}"),
             None => e.to_string(),
         }),
-        false => Ok(()),
+        None => Ok(()),
     }
 }
 
@@ -224,13 +224,15 @@ impl Gate {
                 Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
                 Ok(VcpuExit::IoOut(port, data)) => {
                     if bus.port_write(port, data) {
-                        return Some(End::Guest);
+                        return Some(End::Reset);
                     }
                 }
                 Ok(VcpuExit::MmioRead(_, data)) => Bus::read(data),
                 Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
                 // A triple fault: how a guest restarts, which is how it ends.
-                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Some(End::Guest),
+                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => {
+                    return Some(End::TripleFault);
+                }
                 Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     let why = format!("The processor refused to enter the guest: {reason:#x}");

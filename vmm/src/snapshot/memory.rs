@@ -6,7 +6,7 @@
 )]
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -99,7 +99,6 @@ fn write_pages(chunk: &[u8], file: &File, offset: u64) -> io::Result<()> {
 /// Fills fresh memory with what is in the file.
 pub(crate) fn fill(memory: &GuestMemoryMmap, file: &File) -> Result<(), Error> {
     let failed = |e: io::Error| Error::Memory(format!("it cannot be read: {e}"));
-    let mut chunk = vec![0; CHUNK];
     let mut base = 0;
     for region in memory.iter() {
         let end = base + region.len();
@@ -109,15 +108,13 @@ pub(crate) fn fill(memory: &GuestMemoryMmap, file: &File) -> Result<(), Error> {
         {
             let hole = seek(file, start, libc::SEEK_HOLE).map_err(failed)?;
             let stop = hole.unwrap_or(end).min(end);
-            at = start;
-            while at < stop {
-                let count = (stop - at).min(CHUNK as u64) as usize;
-                let chunk = &mut chunk[..count];
-                file.read_exact_at(chunk, at).map_err(failed)?;
-                let place = GuestAddress(region.start_addr().raw_value() + (at - base));
-                (memory.write_slice(chunk, place)).map_err(|e| Error::Memory(e.to_string()))?;
-                at += count as u64;
-            }
+            (&*file).seek(SeekFrom::Start(start)).map_err(failed)?;
+            let place = MemoryRegionAddress(start - base);
+            let count = usize::try_from(stop - start).map_err(|e| failed(io::Error::other(e)))?;
+            // Straight into the guest's memory.
+            (region.read_exact_volatile_from(place, &mut &*file, count))
+                .map_err(|e| Error::Memory(e.to_string()))?;
+            at = stop;
         }
         base = end;
     }

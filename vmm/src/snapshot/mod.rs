@@ -1,9 +1,10 @@
-//! A machine on disk: a folder with its state and its memory, from which any number of machines go on.
-//! Knows files, formats and what a state is made of; stopping and starting machines is `machine`'s.
+//! A machine on disk: a file with its state and one with its memory, from which any number of machines
+//! go on. Knows files, formats and what a state is made of; stopping and starting machines is `machine`'s.
+//! The files are open when they come here: a confined process has no path to any.
 //!
 //! ```text
-//!  <folder>/memory   the guest's memory, region after region, sparse
-//!  <folder>/state    "sealpod-snapshot <version> <SHA-256 of the rest>\n", then JSON; written last
+//!  memory   the guest's memory, region after region, sparse
+//!  state    "sealpod-snapshot <version> <SHA-256 of the rest>\n", then JSON; written last
 //! ```
 //! `docs/vmm-snapshot.md` has what is in it, and what it cannot do.
 
@@ -12,9 +13,9 @@ mod vcpu;
 mod vm;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -34,8 +35,50 @@ const VERSION: u32 = 1;
 const MAGIC: &str = "sealpod-snapshot";
 /// Longest state, bytes: 254 processors of 40 KiB and their devices.
 const STATE_MAX: u64 = 16 << 20;
+/// Names of the files, in a folder of their own.
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+
+/// The files of a snapshot, open.
+#[derive(Debug)]
+pub struct Files {
+    /// See the file's head.
+    pub state: File,
+    /// See the file's head.
+    pub memory: File,
+}
+
+impl Files {
+    /// Makes them in a folder, for their owner alone.
+    ///
+    /// # Errors
+    /// [`Error::File`]; a file of that name exists.
+    pub fn create(folder: &Path) -> Result<Self, Error> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        Self::with(folder, "make", &options)
+    }
+
+    /// Opens those of a folder.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn open(folder: &Path) -> Result<Self, Error> {
+        Self::with(folder, "open", OpenOptions::new().read(true))
+    }
+
+    fn with(folder: &Path, what: &'static str, options: &OpenOptions) -> Result<Self, Error> {
+        let one = |name| {
+            let path = folder.join(name);
+            let failed = Error::file(what, path.display().to_string());
+            options.open(&path).map_err(failed)
+        };
+        Ok(Self {
+            memory: one(MEMORY)?,
+            state: one(STATE)?,
+        })
+    }
+}
 
 /// Everything of a machine but the content of its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -79,20 +122,20 @@ pub struct SlotDevice {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file of the snapshot.
-    #[error("Cannot {what} {path}")]
+    #[error("Cannot {what} {file}")]
     File {
         /// What was wanted, after "cannot".
         what: &'static str,
-        /// The file.
-        path: PathBuf,
+        /// The file: its path, or what it is.
+        file: String,
         /// Cause.
         source: io::Error,
     },
-    /// The state is not what it says it is.
-    #[error("Snapshot {path} is refused: {why}")]
+    /// It is not what it says it is.
+    #[error("Snapshot's {file} is refused: {why}")]
     Refused {
-        /// The file.
-        path: PathBuf,
+        /// Which of its files.
+        file: &'static str,
         /// Reason.
         why: String,
     },
@@ -120,64 +163,62 @@ impl Error {
         move |source| Self::Kvm { call, source }
     }
 
-    fn file(what: &'static str, path: &Path) -> impl Fn(io::Error) -> Self {
-        move |source| Self::File {
-            what,
-            path: path.to_owned(),
-            source,
-        }
+    fn file(what: &'static str, file: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let file = file.into();
+        move |source| Self::File { what, file, source }
     }
 }
 
-/// Writes a machine, which must be paused, into an empty folder. Until the last step the folder is no
-/// snapshot.
+/// Writes a machine, which must be paused, into empty files. Until the last step they are no snapshot.
 ///
 /// # Errors
-/// [`Error::File`]; a file of that name exists, or the disk is full.
+/// [`Error::Refused`]: a file is not empty; [`Error::File`]: the disk is full.
 pub(crate) fn write(
-    folder: &Path,
+    into: &Files,
     state: &MachineState,
     memory: &GuestMemoryMmap,
 ) -> Result<(), Error> {
-    let path = folder.join(MEMORY);
-    let file = create(&path)?;
-    memory::write(memory, &file).map_err(Error::file("write", &path))?;
-    file.sync_all().map_err(Error::file("write", &path))?;
+    for (file, name) in [(&into.memory, MEMORY), (&into.state, STATE)] {
+        let found = file.metadata().map_err(Error::file("measure", name))?;
+        if found.len() != 0 {
+            let why = "it is not empty".into();
+            return Err(Error::Refused { file: name, why });
+        }
+    }
+    let what = "write the snapshot's";
+    memory::write(memory, &into.memory).map_err(Error::file(what, MEMORY))?;
+    (into.memory.sync_all()).map_err(Error::file(what, MEMORY))?;
 
-    let path = folder.join(STATE);
     let json = serde_json::to_vec(state).map_err(io::Error::other);
-    let json = json.map_err(Error::file("write", &path))?;
-    let mut file = create(&path)?;
+    let json = json.map_err(Error::file(what, STATE))?;
     let head = format!("{MAGIC} {VERSION} {}\n", checksum(&json));
+    let mut file = &into.state;
     (file.write_all(head.as_bytes()))
         .and_then(|()| file.write_all(&json))
         .and_then(|()| file.sync_all())
-        .map_err(Error::file("write", &path))
+        .map_err(Error::file(what, STATE))
 }
 
-/// Reads the state of a machine and opens its memory.
+/// Reads the state of a machine.
 ///
 /// # Errors
 /// [`Error::File`]; [`Error::Refused`]: not a snapshot, of another version, damaged, or its memory
 /// does not have the size it should.
-pub(crate) fn read(folder: &Path) -> Result<(MachineState, File), Error> {
-    let path = folder.join(STATE);
-    let file = File::open(&path).map_err(Error::file("open", &path))?;
+pub(crate) fn read(from: &Files) -> Result<MachineState, Error> {
     let mut raw = Vec::new();
-    (file.take(STATE_MAX).read_to_end(&mut raw)).map_err(Error::file("read", &path))?;
-    let state = parse(&raw).map_err(|why| Error::Refused {
-        path: path.clone(),
-        why,
-    })?;
-    let path = folder.join(MEMORY);
-    let memory = File::open(&path).map_err(Error::file("open", &path))?;
-    let found = memory.metadata().map_err(Error::file("measure", &path))?;
+    let mut file = &from.state;
+    (file.rewind())
+        .and_then(|()| file.take(STATE_MAX).read_to_end(&mut raw))
+        .map_err(Error::file("read the snapshot's", STATE))?;
+    let state = parse(&raw).map_err(|why| Error::Refused { file: STATE, why })?;
+    let found = from.memory.metadata();
+    let found = found.map_err(Error::file("measure the snapshot's", MEMORY))?;
     let expected: u64 = state.regions.iter().map(|region| region.size).sum();
     if found.len() != expected {
         let why = format!("it has {} bytes, not {expected}", found.len());
-        return Err(Error::Refused { path, why });
+        return Err(Error::Refused { file: MEMORY, why });
     }
-    Ok((state, memory))
+    Ok(state)
 }
 
 fn parse(raw: &[u8]) -> Result<MachineState, String> {
@@ -208,12 +249,6 @@ fn checksum(bytes: &[u8]) -> String {
     sum.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn create(path: &Path) -> Result<File, Error> {
-    (OpenOptions::new().write(true).create_new(true).mode(0o600))
-        .open(path)
-        .map_err(Error::file("make", path))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -241,12 +276,17 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_a_state_is_no_snapshot() {
+    fn a_folder_without_a_state_and_a_state_that_was_never_written_are_no_snapshots() {
         let folder = tempfile::tempdir().unwrap();
         File::create(folder.path().join(MEMORY)).unwrap();
         assert!(matches!(
-            read(folder.path()),
+            Files::open(folder.path()),
             Err(Error::File { what: "open", .. })
         ));
+        assert!(Files::create(folder.path()).is_err());
+        std::fs::remove_file(folder.path().join(MEMORY)).unwrap();
+        let files = Files::create(folder.path()).unwrap();
+        let read = read(&files).map(drop).unwrap_err().to_string();
+        assert!(read.contains("first line"), "{read}");
     }
 }

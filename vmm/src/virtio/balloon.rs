@@ -44,7 +44,11 @@ pub struct Balloon {
     /// Pages the guest says it has given.
     actual: u32,
     rings: Option<Rings>,
+    pressed: Option<Pressed>,
 }
+
+/// Told what the balloon has left, bytes.
+type Pressed = Box<dyn Fn(u64) + Send>;
 
 impl Balloon {
     /// An empty balloon.
@@ -66,6 +70,12 @@ impl Balloon {
     #[must_use]
     pub fn actual(&self) -> u64 {
         u64::from(self.actual) * PAGE
+    }
+
+    /// Has `tell` called when the guest, out of memory, takes pages back that the host still wants: with
+    /// what is left, bytes. As often as the guest likes.
+    pub fn when_pressed(&mut self, tell: impl Fn(u64) + Send + 'static) {
+        self.pressed = Some(Box::new(tell));
     }
 
     /// `struct virtio_balloon_config` (5.5.4), the fields that the offered features bring.
@@ -101,7 +111,14 @@ impl Device for Balloon {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         // `actual` is the driver's, and is written as a whole.
         if let (4, Ok(actual)) = (offset, data.try_into()) {
+            let before = self.actual;
             self.actual = u32::from_le_bytes(actual);
+            // Nobody asked for less: the driver deflates for itself (`DEFLATE_ON_OOM`).
+            if self.actual < before.min(self.target)
+                && let Some(tell) = &self.pressed
+            {
+                tell(self.actual());
+            }
         }
     }
 

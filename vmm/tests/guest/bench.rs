@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use sealpod_vmm::machine::{Boot, Config, End, Error, Machine, Restore};
+use sealpod_vmm::snapshot::Files;
 use sealpod_vmm::virtio::{Balloon, Block, Device, Rng};
 
 /// What every guest does first.
@@ -83,7 +84,7 @@ impl Bench {
                 console,
                 devices,
                 spare_slots: 1,
-                confined: false,
+                confined: None,
             };
             Machine::new(config, ended)
         })
@@ -93,10 +94,11 @@ impl Bench {
         std::fs::copy(self.dir.path().join("first"), self.dir.path().join(name)).unwrap();
         Guest::new(self.disk(name), |console, devices, ended| {
             let restore = Restore {
-                snapshot: snapshot.to_owned(),
+                snapshot: Files::open(snapshot).unwrap(),
                 shared_memory,
                 console,
                 devices,
+                confined: None,
             };
             Machine::restore(restore, ended)
         })

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::time::Instant;
 
 use sealpod_vmm::machine::{Error, Machine, Restore};
+use sealpod_vmm::snapshot::Files;
 
 use crate::bench::{Bench, Devices, devices};
 
@@ -26,7 +27,10 @@ fn clones_of_a_written_down_machine_go_on_where_it_stood_each_for_itself() {
     let snapshot = bench.path().join("snapshot");
     std::fs::create_dir(&snapshot).unwrap();
     let begin = Instant::now();
-    first.machine.save(&snapshot).unwrap();
+    first
+        .machine
+        .save(&Files::create(&snapshot).unwrap())
+        .unwrap();
     eprintln!("save: {:?}", begin.elapsed());
     // The first machine goes on as if nothing had been.
     first.machine.resume();
@@ -51,7 +55,8 @@ fn clones_of_a_written_down_machine_go_on_where_it_stood_each_for_itself() {
     let again = bench.path().join("again");
     std::fs::create_dir(&again).unwrap();
     clones[0].machine.pause();
-    clones[0].machine.save(&again).unwrap();
+    let files = Files::create(&again).unwrap();
+    clones[0].machine.save(&files).unwrap();
     let clone = bench.restore(&again, "four", false);
     clone.machine.resume();
     assert!(clone.tick() > counted);
@@ -67,23 +72,23 @@ fn a_snapshot_is_refused_where_it_does_not_fit() {
     guest.wait_for(1);
     let snapshot = bench.path().join("snapshot");
     std::fs::create_dir(&snapshot).unwrap();
-    assert!(matches!(
-        guest.machine.save(&snapshot),
-        Err(Error::NotPaused)
-    ));
+    let files = Files::create(&snapshot).unwrap();
+    assert!(matches!(guest.machine.save(&files), Err(Error::NotPaused)));
     guest.machine.pause();
-    guest.machine.save(&snapshot).unwrap();
+    guest.machine.save(&files).unwrap();
+    // Not over another one, which somebody may go on from.
     assert!(matches!(
-        guest.machine.save(&snapshot),
+        guest.machine.save(&files),
         Err(Error::Snapshot(_))
     ));
 
     let restore = |devices: Devices| {
         let restore = Restore {
-            snapshot: snapshot.clone(),
+            snapshot: Files::open(&snapshot).unwrap(),
             shared_memory: false,
             console: File::options().write(true).open("/dev/null").unwrap(),
             devices,
+            confined: None,
         };
         Machine::restore(restore, |_| {}).err().unwrap().to_string()
     };

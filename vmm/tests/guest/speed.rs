@@ -79,7 +79,7 @@ fn speed() {
             console: File::from(OwnedFd::from(theirs)),
             devices,
             spare_slots: 0,
-            confined: false,
+            confined: None,
         };
         let machine = Machine::new(config, |_| {}).unwrap();
         machine.resume();

@@ -105,3 +105,23 @@ fn a_moved_guest_keeps_its_balloon() {
     guest.device().read_config(0, &mut config);
     assert_eq!(config, [0, 8, 0, 0, 5, 0, 0, 0]);
 }
+
+#[test]
+fn a_guest_that_takes_back_what_is_still_wanted_is_short_of_memory() {
+    let mut balloon = Balloon::new();
+    let (tell, told) = std::sync::mpsc::channel();
+    balloon.when_pressed(move |left| tell.send(left).unwrap());
+    let has = |balloon: &mut Balloon, pages: u32| {
+        balloon.write_config(4, &pages.to_le_bytes());
+        told.try_iter().collect::<Vec<_>>()
+    };
+    balloon.set_target(100 * PAGE);
+    assert!(has(&mut balloon, 60).is_empty());
+    assert!(has(&mut balloon, 100).is_empty());
+    // By itself.
+    assert_eq!(has(&mut balloon, 70), [70 * PAGE]);
+    // The host wants less: nobody is short.
+    balloon.set_target(20 * PAGE);
+    assert!(has(&mut balloon, 20).is_empty());
+    assert_eq!(has(&mut balloon, 0), [0]);
+}

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use sealpod_vmm::confine::{self, Thread};
+use sealpod_vmm::confine::{self, May, Thread};
 use sealpod_vmm::virtio::{Block, Device};
 
 use crate::block::header;
@@ -18,7 +18,7 @@ const WRITE_ZEROES: u32 = 13;
 /// Runs this in a confined thread of the devices' name.
 fn as_devices<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let confined = move || {
-        confine::thread(Thread::Devices).unwrap();
+        confine::thread(Thread::Devices, May::Run).unwrap();
         work()
     };
     let thread = std::thread::Builder::new().name("devices".into());
