@@ -64,6 +64,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
+    /// Whether a set-up was begun.
+    #[must_use]
+    pub fn is_set_up(&self) -> bool {
+        self.done.load(Ordering::Relaxed)
+    }
+
     /// Sets the pod up, all but its network. Once for each boot.
     ///
     /// # Errors
@@ -102,6 +108,8 @@ impl Sandbox {
                 "Add entropy",
                 sys::add_entropy(random.as_fd(), &request.entropy),
             )?;
+            // The kernel would go on for a minute with a key that all guests from one template share.
+            step("Renew the random generator", sys::reseed(random.as_fd()))?;
         }
         if !request.hostname.is_empty() {
             let what = format!("Set host name {:?}", request.hostname);

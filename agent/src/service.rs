@@ -49,7 +49,7 @@ struct Inner {
     attestor: Attestor,
     network: Mutex<Network>,
     events: Mutex<mpsc::Receiver<String>>,
-    timeline: Timeline,
+    timeline: std::sync::Mutex<Timeline>,
 }
 
 fn check_id(what: &str, id: &str) -> Result<()> {
@@ -84,7 +84,7 @@ async fn to_the_end<T: Send + 'static>(
 impl Service {
     /// A service for a guest in which nothing runs yet.
     #[must_use]
-    pub fn new(reaper: Reaper, timeline: Timeline, gate: Gate) -> Self {
+    pub fn new(reaper: Reaper, gate: Gate) -> Self {
         let (sender, events) = mpsc::channel(oom::QUEUE);
         Self(Arc::new(Inner {
             containers: Containers::new(reaper, sender),
@@ -92,12 +92,28 @@ impl Service {
             attestor: Attestor::new(gate),
             network: Mutex::default(),
             events: Mutex::new(events),
-            timeline,
+            timeline: std::sync::Mutex::default(),
         }))
+    }
+
+    /// Notes when the guest began and was ready, which the shim asks for.
+    pub fn ready(&self, timeline: Timeline) {
+        *self.0.timeline() = timeline;
+    }
+
+    /// Whether a shim has set a pod up in this guest.
+    #[must_use]
+    pub fn is_a_pods(&self) -> bool {
+        self.0.sandbox.is_set_up()
     }
 }
 
 impl Inner {
+    fn timeline(&self) -> std::sync::MutexGuard<'_, Timeline> {
+        let locked = self.timeline.lock();
+        locked.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// The devices that a container asks for, if all of them are admitted.
     fn admitted(&self, request: &CreateContainerRequest) -> Result<Vec<(String, Live)>> {
         let one = |asked: &AdmittedDevice| match self.attestor.admitted(&asked.id) {
@@ -168,7 +184,8 @@ impl Agent for Service {
                 ),
             ));
         }
-        Ok(self.0.timeline.hello())
+        let timeline = *self.0.timeline();
+        Ok(timeline.hello())
     }
 
     async fn setup_sandbox(&self, _: &TtrpcContext, request: SetupSandboxRequest) -> Result<Empty> {

@@ -3,25 +3,31 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use sealpod_protocol::{SHARE_DIR, SHARE_TAG};
 
 use crate::container::plan::{MountKind, MountPlan};
+use crate::uevent;
 
-/// Mounts the share, which the shim serves by virtiofs.
+/// Mounts the share, which the shim serves by virtiofs. Its device may have come after the boot.
 ///
 /// # Errors
 /// When there is no such device in the guest.
 pub fn attach() -> io::Result<()> {
     std::fs::create_dir_all(SHARE_DIR)?;
-    let flags = MsFlags::empty();
-    mount(
-        Some(SHARE_TAG),
-        SHARE_DIR,
-        Some("virtiofs"),
-        flags,
-        None::<&str>,
-    )?;
+    let attach = || {
+        let (tag, kind) = (Some(SHARE_TAG), Some("virtiofs"));
+        mount(tag, SHARE_DIR, kind, MsFlags::empty(), None::<&str>)
+    };
+    match attach() {
+        // No device has this tag.
+        Err(Errno::EINVAL) => {
+            uevent::probe_slots(Path::new(uevent::PLATFORM));
+            attach()?;
+        }
+        done => done?,
+    }
     Ok(())
 }
 

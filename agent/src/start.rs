@@ -1,7 +1,15 @@
 //! The agent's run: one thread, one connection to the shim over which requests come, one listener for
 //! streams. The transport is the caller's choice; the guest's is vsock.
+//!
+//! ```text
+//!  dial ──▶ serve ── the connection ends ──▶ nobody's yet: dial again; a pod's: the guest ends
+//! ```
+//! A guest that was written down before it was any pod's goes on behind another shim's vsock engine, with
+//! its connections gone.
 
 use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream;
@@ -10,7 +18,7 @@ use nix::time::{ClockId, clock_gettime};
 use sealpod_protocol::agent::HelloResponse;
 use sealpod_protocol::agent_ttrpc::create_agent;
 use sealpod_protocol::{AGENT_PORT, PROTOCOL_VERSION, STREAM_PORT};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::sync::Semaphore;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::Server;
@@ -21,6 +29,7 @@ use crate::io::{Connection, accept};
 use crate::log;
 use crate::reaper::Reaper;
 use crate::service::Service;
+use crate::sys;
 
 /// Most stream connections at once.
 const STREAMS_MAX: usize = 4096;
@@ -30,7 +39,7 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 /// When the agent began, and when it was ready.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Timeline {
-    /// CLOCK_BOOTTIME, ns.
+    /// CLOCK_BOOTTIME, ns; of a guest that was written down, when it went on.
     pub began_ns: u64,
     /// See above.
     pub ready_ns: u64,
@@ -86,15 +95,10 @@ fn available(meminfo: &str) -> u64 {
 /// Serves the shim over vsock until it is gone.
 ///
 /// # Errors
-/// When the shim cannot be reached, or its connection ends.
-pub async fn over_vsock(began_ns: u64) -> io::Result<()> {
+/// When the shim cannot be reached, or the connection of a guest that is a pod's ends.
+pub async fn over_vsock(mut began_ns: u64) -> io::Result<()> {
     let streams = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))?;
-    let shim = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT)).await?;
-    let timeline = Timeline {
-        began_ns,
-        ready_ns: boot_time_ns(),
-    };
-    serve(shim, timeline, async || {
+    let mut next_stream = async || {
         loop {
             match streams.accept().await {
                 // Sockets of this family know no namespaces: a container may connect here too.
@@ -106,8 +110,21 @@ pub async fn over_vsock(began_ns: u64) -> io::Result<()> {
                 }
             }
         }
-    })
-    .await
+    };
+    let mut run = Run::new()?;
+    loop {
+        let shim = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT)).await?;
+        run.service.ready(Timeline {
+            began_ns,
+            ready_ns: boot_time_ns(),
+        });
+        let lost = lost(&shim)?;
+        let ended = run.serve(shim, lost, &mut next_stream).await;
+        if run.service.is_a_pods() || !matches!(ended, Err(Ended::Shim)) {
+            return ended.map_err(Into::into);
+        }
+        began_ns = boot_time_ns();
+    }
 }
 
 /// Serves requests on `shim` and the streams that `next_stream` yields, until `shim` ends.
@@ -122,35 +139,98 @@ pub async fn serve<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
-    let reaper = Reaper::default();
-    let gate = Gate::closed().map_err(|e| io::Error::other(format!("Guest gate: {e}")))?;
-    let service = Service::new(reaper.clone(), timeline, gate);
-    let reaping = tokio::spawn(reaper.run());
+    let mut run = Run::new()?;
+    run.service.ready(timeline);
+    let lost = std::future::pending();
+    let served = run.serve(shim, lost, &mut next_stream).await;
+    served.map_err(Into::into)
+}
 
-    let (shim, ended) = Watched::new(shim);
-    let mut server = Server::new()
-        .register_service(create_agent(std::sync::Arc::new(service.clone())))
-        .add_listener(Listener::new(stream::iter([Ok(shim)])));
-    server.start().await.map_err(io::Error::other)?;
+/// Returns when a connection is gone that nobody has closed, as in a guest that goes on elsewhere: the
+/// kernel has it in error, which wakes none that wait to read.
+fn lost(shim: &VsockStream) -> io::Result<impl Future<Output = ()> + use<>> {
+    let shim = sys::register(shim.as_fd().try_clone_to_owned()?, Interest::ERROR)?;
+    Ok(async move {
+        // Nothing can be wrong with waiting but that the runtime ends.
+        let _ = shim.ready(Interest::ERROR).await;
+    })
+}
 
-    let places = std::sync::Arc::new(Semaphore::new(STREAMS_MAX));
-    let streams = async {
-        loop {
-            let connection = next_stream().await;
-            // One too many is closed at once.
-            if let Ok(place) = places.clone().try_acquire_owned() {
-                let service = service.clone();
-                tokio::spawn(async move {
-                    accept(connection, &service).await;
-                    drop(place);
-                });
-            }
+/// Why serving ended.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("the shim is gone")]
+    Shim,
+    #[error("reaper: {0}")]
+    Reaper(String),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl From<Ended> for io::Error {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Io(e) => e,
+            Ended::Shim => Self::new(io::ErrorKind::ConnectionAborted, ended),
+            Ended::Reaper(_) => Self::other(ended),
         }
-    };
-    tokio::select! {
-        () = streams => Ok(()),
-        _ = ended => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the shim is gone")),
-        failed = reaping => Err(io::Error::other(format!("reaper: {failed:?}"))),
+    }
+}
+
+/// What outlives a connection to a shim.
+struct Run {
+    service: Service,
+    reaping: tokio::task::JoinHandle<io::Result<()>>,
+    places: Arc<Semaphore>,
+}
+
+impl Run {
+    fn new() -> io::Result<Self> {
+        let reaper = Reaper::default();
+        let gate = Gate::closed().map_err(|e| io::Error::other(format!("Guest gate: {e}")))?;
+        Ok(Self {
+            service: Service::new(reaper.clone(), gate),
+            reaping: tokio::spawn(reaper.run()),
+            places: Arc::new(Semaphore::new(STREAMS_MAX)),
+        })
+    }
+
+    async fn serve<S>(
+        &mut self,
+        shim: S,
+        lost: impl Future<Output = ()>,
+        next_stream: &mut impl AsyncFnMut() -> Connection,
+    ) -> Result<(), Ended>
+    where
+        S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
+    {
+        let (shim, ended) = Watched::new(shim);
+        let mut server = Server::new()
+            .register_service(create_agent(Arc::new(self.service.clone())))
+            .add_listener(Listener::new(stream::iter([Ok(shim)])));
+        server.start().await.map_err(io::Error::other)?;
+        let streams = async {
+            loop {
+                let connection = next_stream().await;
+                // One too many is closed at once.
+                if let Ok(place) = self.places.clone().try_acquire_owned() {
+                    let service = self.service.clone();
+                    tokio::spawn(async move {
+                        accept(connection, &service).await;
+                        drop(place);
+                    });
+                }
+            }
+        };
+        tokio::select! {
+            () = streams => Ok(()),
+            _ = ended => Err(Ended::Shim),
+            () = lost => {
+                server.disconnect().await;
+                Err(Ended::Shim)
+            }
+            failed = &mut self.reaping => Err(Ended::Reaper(format!("{failed:?}"))),
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use tokio::time::timeout;
 
 use crate::sys;
 
+/// The platform bus in sysfs, which virtio-mmio slots are on.
+pub const PLATFORM: &str = "/sys/bus/platform";
 /// How long a device that is being attached may take to appear.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -29,7 +31,7 @@ pub async fn until_found<T>(mut look: impl FnMut() -> Option<T>) -> io::Result<O
     }
     // Listening before the next look: what appears after it is heard.
     let events = listen()?;
-    probe_slots(Path::new("/sys/bus/platform"));
+    probe_slots(Path::new(PLATFORM));
     let wait = async {
         loop {
             if let Some(found) = look() {
@@ -47,8 +49,9 @@ pub async fn until_found<T>(mut look: impl FnMut() -> Option<T>) -> io::Result<O
 }
 
 /// Has the kernel look again for devices in virtio-mmio slots that were empty: nothing tells it when one
-/// is plugged in. `bus` is the platform bus in sysfs; on a machine with PCI there are no slots.
-fn probe_slots(bus: &Path) {
+/// is plugged in. `bus` is the platform bus in sysfs; on a machine with PCI there are no slots. When it
+/// returns, the devices are there.
+pub fn probe_slots(bus: &Path) {
     let driver = bus.join("drivers/virtio-mmio");
     for device in fs::read_dir(bus.join("devices"))
         .into_iter()

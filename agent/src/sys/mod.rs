@@ -253,6 +253,17 @@ pub fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> Result<()> {
         .map(drop)
 }
 
+/// Has the kernel's random generator take its key from the pool now (RNDRESEEDCRNG, random(4)). One that
+/// has had too little entropy for a first key yet is let be.
+pub fn reseed(random: BorrowedFd<'_>) -> Result<()> {
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    // SAFETY: takes no argument.
+    match Errno::result(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) }) {
+        Err(Errno::ENODATA) => Ok(()),
+        done => done.map(drop),
+    }
+}
+
 /// I/O priority of this process.
 pub fn set_ioprio(value: libc::c_int) -> Result<()> {
     const WHO_PROCESS: libc::c_int = 1;
