@@ -5,7 +5,7 @@ use std::{io, path::Path, path::PathBuf, time::Duration};
 
 use protobuf::Message;
 use sealpod_protocol::{
-    PROTOCOL_VERSION, STREAM_PORT,
+    AGENT_PORT, PROTOCOL_VERSION, STREAM_PORT,
     agent::{self, HelloRequest, HelloResponse},
     agent_ttrpc::AgentClient,
     streams::Header,
@@ -48,6 +48,12 @@ pub enum GuestError {
     /// It refused, or did not answer.
     #[error("Guest agent refused the first request")]
     Hello(#[source] ttrpc::Error),
+    /// Its VM is gone.
+    #[error("The VM ended before its agent answered: {0}")]
+    Ended(String),
+    /// Too slow, or not there.
+    #[error("Guest agent did not answer within {0} s")]
+    Silent(u64),
     /// A stream was refused.
     #[error("Guest refused the stream {header:?}: {reason}")]
     Stream {
@@ -56,6 +62,53 @@ pub enum GuestError {
         /// What the agent said.
         reason: String,
     },
+}
+
+/// Where the agent of a VM to be dials, until it has. Nobody else may dial afterwards.
+#[derive(Debug)]
+pub struct Dialled {
+    listener: UnixListener,
+    path: PathBuf,
+    vsock: PathBuf,
+}
+
+impl Dialled {
+    /// For the VM whose vsock engine has its socket at `vsock`, or will have.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn bind(vsock: PathBuf) -> io::Result<Self> {
+        let mut path = vsock.clone().into_os_string();
+        path.push(format!("_{AGENT_PORT}"));
+        let path = PathBuf::from(path);
+        Ok(Self {
+            listener: UnixListener::bind(&path)?,
+            path,
+            vsock,
+        })
+    }
+
+    /// Waits for the agent to dial and answer; `ended` is how its VM ends.
+    ///
+    /// # Errors
+    /// [`GuestError`]: it does not within `limit`, ended before, or cannot be talked to.
+    pub async fn answered(
+        self,
+        ended: impl Future<Output = String>,
+        limit: Duration,
+    ) -> std::result::Result<(Guest, HelloResponse), GuestError> {
+        tokio::select! {
+            answered = Guest::accept(&self.listener, &self.vsock) => answered,
+            exit = ended => Err(GuestError::Ended(exit)),
+            () = tokio::time::sleep(limit) => Err(GuestError::Silent(limit.as_secs())),
+        }
+    }
+}
+
+impl Drop for Dialled {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 /// Handle to the agent of one pod.

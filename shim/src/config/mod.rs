@@ -87,6 +87,8 @@ pub struct Hypervisor {
     pub snp_cpu: String,
     /// Socket of the service that makes quotes of TDs; empty: none.
     pub quote_socket: PathBuf,
+    /// VMs of sealpod-vmm go on from a template instead of booting.
+    pub template: bool,
 }
 
 impl Hypervisor {
@@ -252,6 +254,7 @@ impl Default for Hypervisor {
             firmware: PathBuf::new(),
             snp_cpu: "EPYC-Milan".into(),
             quote_socket: PathBuf::new(),
+            template: false,
         }
     }
 }

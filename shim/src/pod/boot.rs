@@ -3,17 +3,16 @@
 
 use std::{
     collections::HashMap,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use sealpod_protocol::{AGENT_PORT, agent};
-use tokio::net::UnixListener;
+use oci_spec::runtime::Spec;
+use sealpod_protocol::agent;
 
-use super::{Mark, Pod, machine::Taken, protect};
+use super::{Mark, Pod, first, machine::Taken, protect, template};
 use crate::{
     annotations,
     attest::{
@@ -25,7 +24,7 @@ use crate::{
     clock,
     config::{self, Config},
     error::{Error, Kind, Result},
-    guest::Guest,
+    guest::{Dialled, Guest},
     host_cgroup::HostCgroup,
     ledger::Ledger,
     network::{PodNetns, PodNetwork, TapNic, portforward::PortForward},
@@ -38,12 +37,6 @@ use crate::{
 
 /// Of a NIC whose interface is not known yet, bytes: it may become anything.
 const LARGEST_MTU: u32 = 65535;
-/// Size of the pod's shared memory file system where the pod says nothing: containerd's default.
-const SHM_BYTES: u64 = 64 << 20;
-/// Randomness given to a new guest.
-const ENTROPY_BYTES: usize = 256;
-/// Console lines told with a guest that did not come up.
-const CONSOLE_LINES: usize = 20;
 
 /// What a VM is made from.
 #[derive(Debug, Clone)]
@@ -61,26 +54,43 @@ pub(super) struct BootRequest {
 }
 
 /// What was decided before anything is taken.
-struct Plan {
-    config: Config,
+pub(super) struct Plan {
+    pub(super) config: Config,
     size: Size,
     kernel_params: Vec<String>,
-    /// The pod wants devices that are passed through.
-    needs_pci: bool,
-    /// Of these, the ones that are there from the start.
+    /// Devices that are passed through and there from the start.
     cold: Vec<Wanted>,
     accelerator: vm::Accelerator,
     confidential: Option<vm::Confidential>,
+    /// sealpod-vmm runs it, not QEMU.
+    builtin: bool,
     hotplug_ports: u32,
+    /// Some that are passed through.
+    wants_devices: bool,
     policy: Option<String>,
     init_data: Option<Vec<u8>>,
+}
+
+impl Plan {
+    /// How long the agent may take to answer.
+    pub(super) fn boot_limit(&self) -> Duration {
+        Duration::from_secs(self.config.timeouts.boot_seconds.into())
+    }
+
+    /// Whether the VM may go on from a template. One that evidence is asked of has to boot: what it is
+    /// made of is measured then.
+    pub(super) fn may_use_template(&self) -> bool {
+        let attested = self.policy.is_some() || self.init_data.is_some() || self.wants_devices;
+        let own = attested || self.confidential.is_some();
+        self.config.hypervisor.template && self.builtin && !own
+    }
 }
 
 fn refused(e: &dyn std::error::Error) -> Error {
     Error::chain(Kind::InvalidArgument, e)
 }
 
-fn failed(e: &dyn std::error::Error) -> Error {
+pub(super) fn failed(e: &dyn std::error::Error) -> Error {
     Error::chain(Kind::Unknown, e)
 }
 
@@ -97,9 +107,9 @@ fn plan(request: &BootRequest) -> Result<Plan> {
     let size = sizing::size(limits, &wishes, &config.sizing, host).map_err(|e| refused(&e))?;
     let mut kernel_params = config.hypervisor.kernel_params.clone();
     kernel_params.extend(wishes.kernel_params);
-    let needs_pci = !wishes.devices.is_empty();
+    let wants_devices = !wishes.devices.is_empty();
     let cold = wanted::cold(&wishes.devices, &config.attestation).map_err(|e| refused(&e))?;
-    let hotplug_ports = match request.grows || needs_pci {
+    let hotplug_ports = match request.grows || wants_devices {
         true => config.hypervisor.hotplug_ports,
         false => 0,
     };
@@ -111,15 +121,19 @@ fn plan(request: &BootRequest) -> Result<Plan> {
     };
     let accelerator = vm::choose_accelerator(wanted, &config.runtime.state_dir);
     let confidential = protect::decide(&config, wishes.confidential, accelerator)?;
+    // Devices that are passed through, confidential guests and guests without KVM are QEMU's.
+    let kvm = accelerator == vm::Accelerator::Kvm;
+    let builtin = hypervisor.uses_vmm(kvm, wants_devices || confidential.is_some());
     Ok(Plan {
         config,
         accelerator,
         confidential,
         size,
         kernel_params,
-        needs_pci,
         cold,
+        builtin,
         hotplug_ports,
+        wants_devices,
         policy: wishes.policy,
         init_data: wishes.init_data,
     })
@@ -140,18 +154,9 @@ pub(super) async fn boot(
 
     let dir = pod.identity.place.dir();
     virtiofs::make_share(dir).map_err(|e| failed(&e))?;
-    let procs = cgroup.procs_files().map_err(|e| failed(&e))?;
-    let started = Virtiofs::start(&plan.config.hypervisor.virtiofsd, dir, procs, ledger).await;
-    let (virtiofsd, share) = started.map_err(|e| failed(&e))?;
-    taken.virtiofsd = Some(virtiofsd);
-
     let network = PodNetwork::new(netns, ledger.clone()).await;
     let network = taken.network.insert(network.map_err(|e| failed(&e))?);
-    let taps = network.attach().await.map_err(|e| failed(&e))?;
-
-    let dialled = dir.join(format!("{}_{AGENT_PORT}", vm::VSOCK_FILE));
-    let listener = UnixListener::bind(&dialled).map_err(|e| failed(&e))?;
-    let mut config = vm_config(pod, &plan, network, cgroup, share, taps)?;
+    let mut config = vm_config(pod, &plan, network, cgroup)?;
     let reserved = Withheld::reserve(&plan.cold, ledger).map_err(|e| failed(&e))?;
     (taken.withheld, config.passed) = reserved;
     let driver = driver(&plan, &mut config)?;
@@ -160,19 +165,41 @@ pub(super) async fn boot(
     if let Some(guest) = &mut config.confidential {
         guest.init_data.clone_from(&attested.init_data);
     }
-    let started = driver.start(config, ledger).await;
-    let vm = taken.vm.insert(started.map_err(|e| failed(&e))?);
-    pod.timeline.mark(Mark::VmCreated);
-    join(cgroup, plan.config.runtime.strict_cgroup)?;
 
-    let limit = Duration::from_secs(plan.config.timeouts.boot_seconds.into());
-    let answered = first_answer(vm.as_ref(), &listener, &dir.join(vm::VSOCK_FILE), limit).await;
-    // Nobody else may dial.
-    drop(listener);
-    let _ = std::fs::remove_file(&dialled);
-    let (guest, hello) = answered?;
+    // Neither needs the other.
+    let procs = cgroup.procs_files().map_err(|e| failed(&e))?;
+    let devices = async {
+        let started = Virtiofs::start(&plan.config.hypervisor.virtiofsd, dir, procs, ledger).await;
+        let (virtiofsd, share) = started.map_err(|e| failed(&e))?;
+        taken.virtiofsd = Some(virtiofsd);
+        let taps = network.attach().await.map_err(|e| failed(&e))?;
+        Ok::<_, Error>((share, taps.into_iter().map(nic).collect()))
+    };
+    let restored = template::restored(pod, &plan, &config, ledger);
+    let (restored, devices) = tokio::join!(restored, devices);
+    let (share, nics): (_, Vec<_>) = devices?;
+    let strict = plan.config.runtime.strict_cgroup;
+    let (vm, guest, hello) = match template::with_devices(restored, &share, &nics).await {
+        Some((vm, guest, hello)) => {
+            let vm = taken.vm.insert(vm);
+            pod.timeline.mark(Mark::VmCreated);
+            join(cgroup, strict)?;
+            (vm, guest, hello)
+        }
+        None => {
+            (config.share, config.nics) = (Some(share), nics);
+            let dialled = Dialled::bind(dir.join(vm::VSOCK_FILE)).map_err(|e| failed(&e))?;
+            pod.timeline.mark(Mark::VmStarting);
+            let started = driver.start(config, ledger).await;
+            let vm = taken.vm.insert(started.map_err(|e| failed(&e))?);
+            pod.timeline.mark(Mark::VmCreated);
+            join(cgroup, strict)?;
+            let (guest, hello) = first::answer(vm.as_ref(), dialled, plan.boot_limit()).await?;
+            (vm, guest, hello)
+        }
+    };
     mark_guest_times(pod, &hello);
-    set_up(&guest, request, network, &attested).await?;
+    first::set_up(&guest, request, network, &attested).await?;
     pod.put_up_gate(attested, std::mem::take(&mut taken.withheld));
     taken.port_forward = port_forward(network, &guest).await;
     announce(pod, &plan, vm.as_ref(), &guest, &hello);
@@ -181,53 +208,23 @@ pub(super) async fn boot(
     ))
 }
 
-/// Waits for the agent to dial and answer, for the VM to end, or for the time to run out.
-async fn first_answer(
-    vm: &dyn vm::Vm,
-    listener: &UnixListener,
-    vsock: &Path,
-    limit: Duration,
-) -> Result<(Guest, agent::HelloResponse)> {
-    let e = tokio::select! {
-        answered = Guest::accept(listener, vsock) => match answered {
-            Ok(answered) => return Ok(answered),
-            Err(e) => failed(&e),
-        },
-        exit = vm.wait() => {
-            Error::new(Kind::Unknown, format!("The VM ended before its agent answered: {exit}"))
-        }
-        () = tokio::time::sleep(limit) => {
-            let text = format!("Guest agent did not answer within {} s", limit.as_secs());
-            Error::new(Kind::Unknown, text)
-        }
-    };
-    vm.stop().await;
-    Err(with_console(e, &vm.console_tail()))
-}
-
-/// Which driver starts the VM, and its program. sealpod-vmm is the one where KVM is real; devices that
-/// are passed through, and guests without KVM, are QEMU's.
+/// Which driver starts the VM, and its program.
 fn driver(plan: &Plan, config: &mut vm::VmConfig) -> Result<&'static dyn vm::Driver> {
     let hypervisor = &plan.config.hypervisor;
-    let kvm = config.accelerator == vm::Accelerator::Kvm;
-    let builtin = hypervisor.uses_vmm(kvm, plan.needs_pci || plan.confidential.is_some());
-    let program = if builtin {
-        &hypervisor.vmm
-    } else {
-        &hypervisor.qemu
+    let (driver, program): (&dyn vm::Driver, _) = match plan.builtin {
+        true => (&vm::Builtin, &hypervisor.vmm),
+        false => (&vm::Qemu, &hypervisor.qemu),
     };
     config.program = vm::find_program(program).map_err(|e| failed(&e))?;
-    Ok(if builtin { &vm::Builtin } else { &vm::Qemu })
+    Ok(driver)
 }
 
-/// What the VM driver is told. Descriptors are duplicated for the VMM; it has no others.
+/// What the VM driver is told, all but the devices. Descriptors are duplicated for the VMM; it has no others.
 fn vm_config(
     pod: &Pod,
     plan: &Plan,
     network: &PodNetwork,
     cgroup: &HostCgroup,
-    share: OwnedFd,
-    taps: Vec<TapNic>,
 ) -> Result<vm::VmConfig> {
     let hypervisor = &plan.config.hypervisor;
     let kernel = match plan.confidential {
@@ -247,8 +244,8 @@ fn vm_config(
         kernel_params: plan.kernel_params.clone(),
         vcpus: plan.size.vcpus,
         memory_mib: plan.size.memory_mib,
-        share: Some(share),
-        nics: taps.into_iter().map(nic).collect(),
+        share: None,
+        nics: Vec::new(),
         passed: Vec::new(),
         netns: Some(netns),
         cgroup: cgroup.procs_files().map_err(|e| failed(&e))?,
@@ -333,49 +330,6 @@ fn attestation(
     settings.map_err(|e| refused(&e))
 }
 
-async fn set_up(
-    guest: &Guest,
-    request: &BootRequest,
-    network: &PodNetwork,
-    attested: &Settings,
-) -> Result<()> {
-    let mut entropy = vec![0; ENTROPY_BYTES];
-    getrandom(&mut entropy).map_err(|e| failed(&e))?;
-    let spec = request.spec.as_ref();
-    let sandbox =
-        spec.filter(|_| spec::role(&request.annotations).is_ok_and(|r| r == spec::Role::Sandbox));
-    let sysctls = sandbox.and_then(|s| s.linux().as_ref()?.sysctl().clone());
-    // A container that is a pod by itself sets the host name in its own UTS namespace, if it has one.
-    let own_uts = spec.is_some_and(|s| spec::namespace(s, LinuxNamespaceType::Uts).is_some());
-    let hostname = match sandbox {
-        None if own_uts => None,
-        _ => spec.and_then(|s| s.hostname().clone()),
-    };
-    let message = agent::SetupSandboxRequest {
-        hostname: hostname.unwrap_or_default(),
-        time_unix_ns: clock::unix_ns(),
-        entropy,
-        share: true,
-        network: Some(network.to_proto()).into(),
-        sysctls: sysctls.unwrap_or_default(),
-        shm_bytes: spec.and_then(spec::pod_shm_bytes).unwrap_or(SHM_BYTES),
-        init_data: attested.init_data.clone(),
-        pod_uid: attested.pod_uid.clone(),
-        ..Default::default()
-    };
-    guest
-        .agent()
-        .setup_sandbox(Guest::soon(), &message)
-        .await
-        .map_err(Error::from)?;
-    Ok(())
-}
-
-fn getrandom(buffer: &mut [u8]) -> std::io::Result<()> {
-    use std::io::Read;
-    std::fs::File::open("/dev/urandom")?.read_exact(buffer)
-}
-
 /// Without it the pod works, but containerd's port-forward does not.
 async fn port_forward(network: &PodNetwork, guest: &Guest) -> Option<PortForward> {
     let guest = guest.clone();
@@ -435,13 +389,43 @@ fn announce(pod: &Pod, plan: &Plan, vm: &dyn vm::Vm, guest: &Guest, hello: &agen
     .collect();
 }
 
-/// A guest that does not come up says why on its console.
-fn with_console(e: Error, console: &[String]) -> Error {
-    let lines = &console[console.len().saturating_sub(CONSOLE_LINES)..];
-    let said = if lines.is_empty() {
-        "the guest's console was empty".to_owned()
-    } else {
-        format!("the guest's last console lines were:\n{}", lines.join("\n"))
-    };
-    Error::new(e.kind, format!("{}; {said}", e.message))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is planned for a pod with these annotations on a node with this configuration.
+    fn planned(hypervisor: &str, annotations: &[(&str, &str)]) -> Plan {
+        let dir = tempfile::tempdir().expect("folder");
+        let path = dir.path().join("sealpod.toml");
+        let text = format!(
+            "[hypervisor]\naccelerator = \"kvm\"\n{hypervisor}\n[attestation]\n\
+             devices.\"nvidia.com/pgpu=0\" = {{ kind = \"vfio\", address = \"0000:65:00.0\" }}\n"
+        );
+        std::fs::write(&path, text).expect("written");
+        let of = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+        let request = BootRequest {
+            config: Some(path.display().to_string()),
+            netns: None,
+            annotations: annotations.iter().map(of).collect(),
+            spec: None,
+            grows: true,
+        };
+        plan(&request).map_err(|e| e.message).expect("a plan")
+    }
+
+    #[test]
+    fn a_pod_that_is_attested_or_gets_devices_never_comes_from_a_template() {
+        const ON: &str = "driver = \"vmm\"\ntemplate = true";
+        assert!(planned(ON, &[]).may_use_template());
+        assert!(!planned("driver = \"vmm\"", &[]).may_use_template());
+        assert!(!planned("driver = \"qemu\"\ntemplate = true", &[]).may_use_template());
+        let policy = ("io.sealpod.attestation.policy", "strict");
+        // Without any entry.
+        const INIT_DATA: &str = "H4sIAAAAAAACAytLLSrOzM9TsFVQMtAz1DNQ4krMSc8vyizJyAWJFWck6hpbmChxRackliTGcgEA3XsgES8AAAA=";
+        let init_data = ("io.sealpod.init_data", INIT_DATA);
+        let devices = ("io.sealpod.attestation.devices", "nvidia.com/pgpu=0");
+        for attested in [policy, init_data, devices] {
+            assert!(!planned(ON, &[attested]).may_use_template(), "{attested:?}");
+        }
+    }
 }

@@ -7,11 +7,13 @@
 //! The VM's end ends every process that was in it, once, with the status of SIGKILL.
 
 mod boot;
+mod first;
 mod gate;
 mod machine;
 pub(crate) mod protect;
 mod sandbox;
 mod tasks;
+mod template;
 mod timeline;
 mod volumes;
 

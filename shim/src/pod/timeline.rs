@@ -17,6 +17,8 @@ pub(super) enum Mark {
     ShimStarted,
     /// The request that makes the VM has arrived.
     Requested,
+    /// The VM is about to be started.
+    VmStarting,
     /// The VM's process runs.
     VmCreated,
     /// The guest's kernel has started its init.
@@ -34,6 +36,7 @@ impl Mark {
         match self {
             Self::ShimStarted => "shim_start_ns",
             Self::Requested => "requested_ns",
+            Self::VmStarting => "vm_starting_ns",
             Self::VmCreated => "vm_created_ns",
             Self::KernelUp => "kernel_up_ns",
             Self::AgentReady => "agent_ready_ns",

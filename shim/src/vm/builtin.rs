@@ -2,43 +2,43 @@
 //! over as a descriptor, and asks it for things over one of them (`protocol/proto/vmm.proto`). It runs
 //! on KVM only, and has neither PCI nor confidential guests: those are QEMU's.
 
+mod launch;
+
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use sealpod_protocol::vmm::RemoveDiskRequest;
-use sealpod_protocol::vmm::{CreateRequest, Disk as DiskRequest, Empty, Nic as NicRequest};
+use sealpod_protocol::vmm::{Disk as DiskRequest, Empty, Nic as NicRequest, RemoveDiskRequest};
 use sealpod_protocol::vmm_ttrpc::VmmClient;
+use sealpod_vmm::snapshot::Files;
 use sealpod_vmm::vsock::VhostUserVsock;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
-use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{self, Context};
 
-use super::check::{check, find_program};
 use super::console::Console;
 use super::hotplug::{self, Ports};
-use super::process::{self, INITRAMFS, KERNEL, ended, mark, pair, start_vsock};
+use super::process::ended;
 use super::{Accelerator, Disk, Driver, Mark, Nic, Passed, Vm, VmConfig, VmError, VmExit};
-use crate::child::{self, Child, Command};
+use crate::child::Child;
 use crate::ledger::Ledger;
+use launch::First;
+pub(super) use launch::{Begin, cmdline, launch};
 
 /// How long sealpod-vmm may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// And to make the machine, for which it reads kernel and initramfs.
-const CREATE_PATIENCE: Duration = Duration::from_secs(30);
+/// To make the machine, for which it reads kernel and initramfs, or a template.
+const MAKE_PATIENCE: Duration = Duration::from_secs(30);
+/// To write a machine down.
+const SAVE_PATIENCE: Duration = Duration::from_secs(60);
 /// One whose connection has broken has ended, or is about to.
 const END_PATIENCE: Duration = Duration::from_secs(1);
-/// Descriptors that it may have open: some 60, and 5 for each device.
-const OPEN_FILES: u64 = 1024;
-/// The kernel's command line: what every guest of this VMM has. The clocks' rates are known.
-const CMDLINE: &str = "console=ttyS0 quiet tsc=reliable dummy.numdummies=0";
 
 /// Starts sealpod-vmm.
 #[derive(Debug, Default, Clone, Copy)]
@@ -51,118 +51,13 @@ impl Driver for Builtin {
     }
 
     async fn start(&self, config: VmConfig, ledger: &Ledger) -> Result<Arc<dyn Vm>, VmError> {
-        if config.accelerator != Accelerator::Kvm {
-            return Err(VmError::Config {
-                what: "Accelerator",
-                value: config.accelerator.as_str().into(),
-                allowed: "sealpod-vmm runs on KVM only".into(),
-            });
-        }
-        let cmdline = cmdline(&config);
-        check(&config, &cmdline)?;
-        let (control, control_end) = pair(&config.dir)?;
-        let (descriptors, descriptors_end) = pair(&config.dir)?;
-        let (console, console_end) = pair(&config.dir)?;
-        let (vsock, vsock_end) = start_vsock(&config.dir)?;
-        let ends = Ends {
-            control: control_end,
-            descriptors: descriptors_end,
-            console: console_end,
-            vsock: vsock_end,
-        };
-        let ports = Ports::new(config.hotplug_ports);
-        let (command, request) = command(config, cmdline, ends)?;
-
-        let child = child::spawn(command, ledger).await?;
-        let spawned = mark("vmm_spawned");
-        let (console, reading) = Console::read(console);
-        let (stopping, exit) = process::supervise(child.watch(), console.clone(), reading);
-        let client = VmmClient::new(ttrpc::asynchronous::Client::new(Socket::new(control)));
-        let mut machine = Machine {
-            child,
-            client,
-            descriptors: Mutex::new(descriptors),
-            vsock,
-            console,
-            stopping,
-            exit,
-            ports,
-            marks: vec![spawned],
-        };
-        machine.create(&request).await?;
-        machine.resume().await?;
-        machine.marks.push(mark("vcpus_started"));
+        let machine = launch(config, Begin::Boot { saved: false }, ledger).await?;
         Ok(Arc::new(machine))
     }
 }
 
-fn cmdline(config: &VmConfig) -> String {
-    let mut words = vec![CMDLINE];
-    if config.vcpus == 1 {
-        // Lock prefixes stay as they are: there is nobody to lock out, and nothing to patch.
-        words.push("noreplace-smp");
-    }
-    words.extend(config.kernel_params.iter().map(String::as_str));
-    words.join(" ")
-}
-
-/// sealpod-vmm's ends of its connections.
-struct Ends {
-    control: OwnedFd,
-    descriptors: OwnedFd,
-    console: OwnedFd,
-    vsock: OwnedFd,
-}
-
-/// The process as it will be run, and what it is asked first.
-fn command(
-    config: VmConfig,
-    cmdline: String,
-    ends: Ends,
-) -> Result<(Command, CreateRequest), VmError> {
-    let program = find_program(&config.program)?;
-    let jail = process::jail(&config, &program)?;
-    let mut command = Command::new("sealpod-vmm", &program);
-    let [control, descriptors] = [ends.control, ends.descriptors].map(|fd| command.fd(fd));
-    command.args([
-        "serve".to_owned(),
-        control.to_string(),
-        descriptors.to_string(),
-    ]);
-    let number = |fd: RawFd| fd.unsigned_abs();
-    let nics = config.nics.into_iter().map(|nic| NicRequest {
-        fd: number(command.fd(nic.tap)),
-        mac: nic.mac.to_vec(),
-        mtu: nic.mtu,
-        ..Default::default()
-    });
-    let nics = nics.collect();
-    let request = CreateRequest {
-        memory_mib: config.memory_mib,
-        vcpus: config.vcpus,
-        kernel: KERNEL.into(),
-        initramfs: INITRAMFS.into(),
-        cmdline,
-        spare_slots: config.hotplug_ports,
-        console_fd: number(command.fd(ends.console)),
-        vsock_fd: number(command.fd(ends.vsock)),
-        share_fd: config.share.map_or(0, |share| number(command.fd(share))),
-        nics,
-        ..Default::default()
-    };
-    command.cgroup(config.cgroup);
-    if let Some(netns) = config.netns {
-        command.netns(netns);
-    }
-    command.jail(jail).user(config.user, config.user);
-    // The guest's memory is not for core files.
-    command.rlimit(libc::RLIMIT_CORE, 0);
-    command.rlimit(libc::RLIMIT_NOFILE, OPEN_FILES);
-    Ok((command, request))
-}
-
 /// A running sealpod-vmm.
-struct Machine {
+pub(super) struct Machine {
     child: Child,
     client: VmmClient,
     /// Descriptors go over it, each right before the request that uses it.
@@ -180,14 +75,23 @@ fn soon() -> Context {
 }
 
 impl Machine {
-    async fn create(&self, request: &CreateRequest) -> Result<(), VmError> {
-        const COMMAND: &str = "create the machine";
-        let limit = context::with_duration(CREATE_PATIENCE);
-        let Err(e) = self.client.create(limit, request).await else {
+    async fn make(&self, request: &First) -> Result<(), VmError> {
+        let limit = context::with_duration(MAKE_PATIENCE);
+        let (command, made) = match request {
+            First::Create(request) => (
+                "create the machine",
+                self.client.create(limit, request).await,
+            ),
+            First::Restore(request) => (
+                "restore the machine",
+                self.client.restore(limit, request).await,
+            ),
+        };
+        let Err(e) = made else {
             return Ok(());
         };
         if matches!(e, ttrpc::Error::RpcStatus(_)) {
-            return Err(self.failure(COMMAND, e));
+            return Err(self.failure(command, e));
         }
         match tokio::time::timeout(END_PATIENCE, ended(self.exit.clone())).await {
             Ok(exit) => Err(VmError::GaveUp(exit)),
@@ -195,11 +99,52 @@ impl Machine {
                 self.child.kill();
                 ended(self.exit.clone()).await;
                 Err(VmError::Silent {
-                    command: COMMAND.into(),
-                    seconds: CREATE_PATIENCE.as_secs(),
+                    command: command.into(),
+                    seconds: MAKE_PATIENCE.as_secs(),
                 })
             }
         }
+    }
+
+    /// Writes it, which must be paused, into empty files.
+    pub(super) async fn save(&self, into: &Files) -> Result<(), VmError> {
+        let descriptors = self.descriptors.lock().await;
+        send(&descriptors, into.state.as_fd()).await?;
+        send(&descriptors, into.memory.as_fd()).await?;
+        let patience = context::with_duration(SAVE_PATIENCE);
+        let answer = self.client.save(patience, &Empty::new()).await;
+        self.answered("save the machine", answer)
+    }
+
+    /// Plugs in the share of a machine that was restored, by a connection to its daemon.
+    pub(super) async fn add_share(&self, daemon: BorrowedFd<'_>) -> Result<(), VmError> {
+        let descriptors = self.descriptors.lock().await;
+        send(&descriptors, daemon).await?;
+        let answer = self.client.add_share(soon(), &Empty::new()).await;
+        self.answered("add the share", answer)
+    }
+
+    /// Plugs in a network device that is not counted among those that come later.
+    pub(super) async fn plug_nic(&self, nic: &Nic) -> Result<(), VmError> {
+        let request = NicRequest {
+            mac: nic.mac.to_vec(),
+            mtu: nic.mtu,
+            ..Default::default()
+        };
+        let descriptors = self.descriptors.lock().await;
+        send(&descriptors, nic.tap.as_fd()).await?;
+        let answer = self.client.add_nic(soon(), &request).await;
+        self.answered("add a network device", answer)
+    }
+
+    /// Has the VMM end by itself, and waits for that.
+    pub(super) async fn end(&self) -> Result<(), VmError> {
+        self.stopping.store(true, Ordering::SeqCst);
+        let answer = self.client.stop(soon(), &Empty::new()).await;
+        answer.map_err(|e| self.failure("stop", e))?;
+        self.wait().await;
+        self.vsock.stop();
+        Ok(())
     }
 
     fn failure(&self, command: &str, e: ttrpc::Error) -> VmError {
@@ -302,15 +247,7 @@ impl Vm for Machine {
 
     async fn add_nic(&self, nic: Nic) -> Result<(), VmError> {
         let mut port = self.ports.take(&hotplug::nic_id(nic.mac))?;
-        let request = NicRequest {
-            mac: nic.mac.to_vec(),
-            mtu: nic.mtu,
-            ..Default::default()
-        };
-        let descriptors = self.descriptors.lock().await;
-        send(&descriptors, nic.tap.as_fd()).await?;
-        let answer = self.client.add_nic(soon(), &request).await;
-        self.answered("add a network device", answer)?;
+        self.plug_nic(&nic).await?;
         port.keep = true;
         Ok(())
     }

@@ -44,12 +44,14 @@ pub(super) fn remembered<T: Serialize + DeserializeOwned>(
     file.fact
 }
 
-fn boot_id() -> String {
+/// Which boot of this machine it is; empty where that cannot be told.
+pub(super) fn boot_id() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
     id.unwrap_or_default().trim().into()
 }
 
-fn kernel_release() -> String {
+/// Which kernel runs it.
+pub(super) fn kernel_release() -> String {
     let name = rustix::system::uname();
     format!(
         "{} {}",

@@ -23,6 +23,7 @@ mod process;
 mod protection;
 mod qemu;
 mod qmp;
+pub mod template;
 mod tsc;
 
 use std::io;

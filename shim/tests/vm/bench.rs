@@ -32,7 +32,7 @@ pub(crate) fn guest_file(name: &str) -> PathBuf {
 }
 
 /// sealpod-vmm, where the environment names one (`tests/lab/tests.sh` does); else QEMU is tested.
-fn builtin() -> Option<PathBuf> {
+pub(crate) fn builtin() -> Option<PathBuf> {
     std::env::var_os("SEALPOD_TEST_VMM").map(PathBuf::from)
 }
 

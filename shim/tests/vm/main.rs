@@ -5,6 +5,7 @@
 mod bench;
 mod gates;
 mod share;
+mod template;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -17,7 +17,7 @@ use crate::bench::{self, Bench, run};
 const INSIDE: &str = "SEALPOD_TEST_INSIDE";
 
 /// virtiofsd from the environment, the cache that `get-virtiofsd.sh` fills, or the system.
-fn virtiofsd() -> Option<PathBuf> {
+pub(crate) fn virtiofsd() -> Option<PathBuf> {
     let home = std::env::var("HOME").unwrap_or_default();
     let cache = std::env::var("SEALPOD_CACHE").unwrap_or(format!("{home}/.cache/sealpod"));
     let built = std::fs::read_dir(cache).into_iter().flatten().flatten();
@@ -31,7 +31,7 @@ fn virtiofsd() -> Option<PathBuf> {
 }
 
 /// Runs `test` again in a mount namespace of its own; true there.
-fn inside(test: &str) -> bool {
+pub(crate) fn inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
