@@ -81,7 +81,8 @@ configure() {
 # Runs make in the background and shows how far it is.
 compile() {
 	local log=$out/build.log began=$SECONDS done_now
-	make -C "$source" O="$out" ARCH=x86_64 KBUILD_BUILD_TIMESTAMP='Thu Jan 1 00:00:00 UTC 1970' \
+	# Without our own make's flags: a silent one would leave nothing to count in the log.
+	env -u MAKEFLAGS -u MFLAGS make -C "$source" O="$out" ARCH=x86_64 KBUILD_BUILD_TIMESTAMP='Thu Jan 1 00:00:00 UTC 1970' \
 		KBUILD_BUILD_USER=sealpod KBUILD_BUILD_HOST=sealpod -j"$jobs" vmlinux bzImage >"$log" 2>&1 &
 	local make_pid=$!
 	trap 'kill '$make_pid' 2>/dev/null' EXIT
