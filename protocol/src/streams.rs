@@ -9,8 +9,6 @@
 //! stdout <container id> <exec id, or ->\n              guest → host; EOF when all writers are gone
 //! stderr <container id> <exec id, or ->\n
 //! tcp    <port>\n                                      both ways, to 127.0.0.1 (then ::1) in the guest
-//! console\n                                            both ways, a debug console (only where the
-//!                                                      kernel command line has sealpod.debug_console)
 //! ```
 //! A process with a terminal has one output stream, `stdout`. Each stream is attached at most once.
 
@@ -47,15 +45,11 @@ pub enum Header {
         /// Port, not 0.
         port: u16,
     },
-    /// A debug console.
-    Console,
 }
 
 /// A header line that is not one.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "Not a stream header: expected `stdin|stdout|stderr <container> <exec>`, `tcp <port>` or `console`"
-)]
+#[error("Not a stream header: expected `stdin|stdout|stderr <container> <exec>` or `tcp <port>`")]
 pub struct BadHeader;
 
 impl Header {
@@ -77,7 +71,6 @@ impl Header {
                 format!("{name} {container_id} {exec}\n")
             }
             Self::Tcp { port } => format!("tcp {port}\n"),
-            Self::Console => "console\n".into(),
         }
     }
 
@@ -93,7 +86,6 @@ impl Header {
         let line = line.strip_suffix('\n').unwrap_or(line);
         let words: Vec<&str> = line.split(' ').collect();
         let stream = match words.as_slice() {
-            ["console"] => return Ok(Self::Console),
             ["tcp", port] => {
                 let port: u16 = port.parse().map_err(|_| BadHeader)?;
                 return if port == 0 {
@@ -135,7 +127,6 @@ mod tests {
             stdio(Stdio::Stdout, "e1"),
             stdio(Stdio::Stderr, "e-2"),
             Header::Tcp { port: 80 },
-            Header::Console,
         ] {
             assert_eq!(Header::decode(h.encode().as_bytes()), Ok(h));
         }

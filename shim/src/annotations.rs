@@ -357,7 +357,7 @@ mod tests {
             ("io.sealpod.memory_mib", "1.5"),
             ("io.sealpod.memory_mib", "15"),
             ("io.sealpod.kernel_params", "quiet init=/x"),
-            ("io.sealpod.kernel_params", "sealpod.debug_console"),
+            ("io.sealpod.kernel_params", "sealpod.anything"),
             ("io.sealpod.kernel_params", "a\u{7f}"),
             ("io.sealpod.kernel_params", long.as_str()),
             ("io.sealpod.attestation.policy", "a/b"),

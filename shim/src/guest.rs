@@ -302,7 +302,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let guest = engine(dir.path(), b"OK 1\nERR no such process\n").await;
         let e = guest
-            .stream(&Header::Console)
+            .stream(&Header::Tcp { port: 80 })
             .await
             .expect_err("refused")
             .to_string();
@@ -310,7 +310,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let guest = engine(dir.path(), &[b'x'; 4096]).await;
         assert!(matches!(
-            guest.stream(&Header::Console).await,
+            guest.stream(&Header::Tcp { port: 80 }).await,
             Err(GuestError::Io(_))
         ));
     }

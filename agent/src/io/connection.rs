@@ -72,7 +72,6 @@ pub async fn accept(mut connection: Connection, processes: &impl Processes) {
                 refuse(connection, &why).await;
             }
         },
-        Header::Console => refuse(connection, "the debug console is not enabled").await,
     }
 }
 

@@ -282,7 +282,7 @@ mod tests {
             ("[hypervisor]\nuser = 0", "nonzero"),
             ("[runtime]\nlog_level = \"loud\"", "`trace`"),
             ("[annotations]\nallow = [\"privileged\"]", "`memory_mib`"),
-            ("[runtime]\ndebug_console = \"yes\"", "boolean"),
+            ("[runtime]\nstrict_cgroup = \"yes\"", "boolean"),
         ] {
             let e = with(text, &[]).expect_err(text);
             assert!(e.contains(allowed), "{text}: {e}");

@@ -47,8 +47,6 @@ pub struct Runtime {
     pub state_dir: PathBuf,
     /// What the shim logs.
     pub log_level: LogLevel,
-    /// A shell-less debug console in the guest, for `sealpod.debug_console`.
-    pub debug_console: bool,
     /// A pod whose host cgroup cannot be made is refused instead of run without.
     pub strict_cgroup: bool,
 }
@@ -228,7 +226,6 @@ impl Default for Runtime {
         Self {
             state_dir: "/run/sealpod".into(),
             log_level: LogLevel::default(),
-            debug_console: false,
             strict_cgroup: false,
         }
     }
