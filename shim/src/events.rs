@@ -5,13 +5,11 @@
 
 use std::time::Duration;
 
+use containerd_shim::{event::Event, util::convert_to_any};
 use containerd_shim_protos::{
     api::ForwardRequest,
-    events::task as ev,
-    protobuf::{MessageFull, well_known_types::any::Any},
     shim::event::Envelope,
     shim_async::{Client, EventsClient},
-    topics,
     ttrpc::context,
 };
 use tokio::sync::{mpsc, oneshot};
@@ -24,44 +22,6 @@ const GIVE_UP: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_millis(200);
 /// containerd answers a forward in microseconds; one that hangs is treated like one that is away.
 const CALL_NS: i64 = 5_000_000_000;
-
-/// What happened to a task.
-#[expect(missing_docs, reason = "containerd's own events, one variant each")]
-#[derive(Debug, Clone)]
-pub enum Event {
-    Create(ev::TaskCreate),
-    Start(ev::TaskStart),
-    ExecAdded(ev::TaskExecAdded),
-    ExecStarted(ev::TaskExecStarted),
-    Exit(ev::TaskExit),
-    Delete(ev::TaskDelete),
-    Oom(ev::TaskOOM),
-    Paused(ev::TaskPaused),
-    Resumed(ev::TaskResumed),
-}
-
-impl Event {
-    fn pack(&self) -> (&'static str, Result<Any, protobuf::Error>) {
-        fn any<M: MessageFull>(m: &M) -> Result<Any, protobuf::Error> {
-            Ok(Any {
-                type_url: M::descriptor().full_name().to_owned(),
-                value: m.write_to_bytes()?,
-                ..Default::default()
-            })
-        }
-        match self {
-            Self::Create(m) => (topics::TASK_CREATE_EVENT_TOPIC, any(m)),
-            Self::Start(m) => (topics::TASK_START_EVENT_TOPIC, any(m)),
-            Self::ExecAdded(m) => (topics::TASK_EXEC_ADDED_EVENT_TOPIC, any(m)),
-            Self::ExecStarted(m) => (topics::TASK_EXEC_STARTED_EVENT_TOPIC, any(m)),
-            Self::Exit(m) => (topics::TASK_EXIT_EVENT_TOPIC, any(m)),
-            Self::Delete(m) => (topics::TASK_DELETE_EVENT_TOPIC, any(m)),
-            Self::Oom(m) => (topics::TASK_OOM_EVENT_TOPIC, any(m)),
-            Self::Paused(m) => (topics::TASK_PAUSED_EVENT_TOPIC, any(m)),
-            Self::Resumed(m) => (topics::TASK_RESUMED_EVENT_TOPIC, any(m)),
-        }
-    }
-}
 
 #[derive(Debug)]
 enum Item {
@@ -91,21 +51,21 @@ impl Publisher {
     }
 
     /// Queues `event`; waits only when [`QUEUE`] events are waiting.
-    pub async fn publish(&self, event: Event) {
-        let (topic, packed) = event.pack();
-        let packed = match packed {
+    pub async fn publish(&self, event: impl Event) {
+        let topic = event.topic();
+        let packed = match convert_to_any(Box::new(event)) {
             Ok(p) => p,
             Err(e) => return tracing::error!(topic, "Event could not be encoded: {e}"),
         };
         let envelope = Envelope {
             timestamp: Some(clock::now_timestamp()).into(),
             namespace: self.namespace.clone(),
-            topic: topic.to_owned(),
+            topic,
             event: Some(packed).into(),
             ..Default::default()
         };
-        if self.queue.send(Item::Event(envelope)).await.is_err() {
-            tracing::error!(topic, "Event lost: the publisher has ended");
+        if let Err(lost) = self.queue.send(Item::Event(envelope)).await {
+            tracing::error!("Event lost, the publisher has ended: {:?}", lost.0);
         }
     }
 
@@ -163,6 +123,7 @@ mod tests {
 
     use containerd_shim_protos::{
         api::Empty,
+        events::task as ev,
         shim_async::{Events, create_events},
         ttrpc::{
             self,
@@ -188,8 +149,8 @@ mod tests {
         let dir = tempfile::tempdir()?;
         let address = format!("unix://{}/c.ttrpc", dir.path().display());
         let publisher = Publisher::new(&address, "ns");
-        publisher.publish(Event::Start(ev::TaskStart::new())).await;
-        publisher.publish(Event::Exit(ev::TaskExit::new())).await;
+        publisher.publish(ev::TaskStart::new()).await;
+        publisher.publish(ev::TaskExit::new()).await;
         let (tx, mut rx) = mpsc::channel(4);
         let mut server = Server::new()
             .bind(&address)?

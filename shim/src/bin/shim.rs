@@ -8,7 +8,8 @@ use sealpod_shim::{
 };
 
 fn main() -> ExitCode {
-    let args = Args::parse(std::env::args().skip(1)).map_err(bootstrap::Error::from);
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let args = Args::parse(&words).map_err(bootstrap::Error::from);
     match args.and_then(|a| bootstrap::run(&a)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

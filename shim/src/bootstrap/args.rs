@@ -1,5 +1,5 @@
-//! The command line that containerd gives a shim: Go-style flags (`-name value`, `-name=value`, one dash
-//! or two) and then an action. Source: containerd's runtime v2 README, "Commands".
+//! The command line that containerd gives a shim, checked: flags (read by `containerd-shim`) and then an
+//! action. Source: containerd's runtime v2 README, "Commands".
 
 use std::path::PathBuf;
 
@@ -31,29 +31,21 @@ pub struct Args {
     pub address: String,
     /// Bundle; the working directory where it is not given.
     pub bundle: PathBuf,
-    /// Pod folder (`serve` only).
-    pub pod_dir: PathBuf,
+    /// The pod's socket, which `serve` is handed listening.
+    pub socket: PathBuf,
     /// Log debug lines.
     pub debug: bool,
 }
 
 /// A command line that cannot be used.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A flag that does not exist.
-    #[error(
-        "Unknown flag {0:?}; allowed: -namespace -id -address -publish-binary -bundle -socket -debug -info -v"
-    )]
-    Flag(String),
-    /// A flag without its value.
-    #[error("Flag {0:?} has no value")]
-    Value(String),
+    /// A flag that does not exist, or without its value.
+    #[error("Command line refused")]
+    Flag(#[from] containerd_shim::Error),
     /// An action that does not exist.
     #[error("Unknown action {0:?}; allowed: start, delete")]
     Action(String),
-    /// A flag that the action needs.
-    #[error("Flag -{0} is missing")]
-    Missing(&'static str),
     /// An id that could break a path.
     #[error(
         "{what} {found:?} is not allowed: 1 to {} of A-Z a-z 0-9 _ . -",
@@ -72,73 +64,38 @@ impl Args {
     ///
     /// # Errors
     /// [`Error`] names the flag or action.
-    pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Self, Error> {
-        let mut words = words.into_iter();
-        let mut args = Self {
-            action: Action::Start,
-            namespace: String::new(),
-            id: String::new(),
-            address: String::new(),
-            bundle: PathBuf::from("."),
-            pod_dir: PathBuf::new(),
-            debug: false,
+    pub fn parse(words: &[String]) -> Result<Self, Error> {
+        let flags = containerd_shim::parse(words)?;
+        let action = match flags.action.as_str() {
+            _ if flags.info => Action::Info,
+            _ if flags.version => Action::Version,
+            "start" => Action::Start,
+            "delete" => Action::Delete,
+            "serve" => Action::Serve,
+            other => return Err(Error::Action(other.into())),
         };
-        let mut action = None;
-        while let Some(word) = words.next() {
-            let Some(flag) = word.strip_prefix("--").or_else(|| word.strip_prefix('-')) else {
-                action = Some(word);
-                break;
-            };
-            let (name, mut inline) = match flag.split_once('=') {
-                Some((name, value)) => (name, Some(value.to_owned())),
-                None => (flag, None),
-            };
-            let mut value = || {
-                inline
-                    .take()
-                    .or_else(|| words.next())
-                    .ok_or_else(|| Error::Value(name.into()))
-            };
-            match name {
-                "namespace" => args.namespace = value()?,
-                "id" => args.id = value()?,
-                "address" => args.address = value()?,
-                "bundle" => args.bundle = value()?.into(),
-                "pod-dir" => args.pod_dir = value()?.into(),
-                "publish-binary" | "socket" => drop(value()?),
-                "debug" => args.debug = inline.is_none_or(|v| v == "true"),
-                "info" => action = Some("info".into()),
-                "v" | "version" => action = Some("version".into()),
-                _ => return Err(Error::Flag(word)),
-            }
-        }
-        args.action = match action.as_deref() {
-            Some("info") => {
-                return Ok(Self {
-                    action: Action::Info,
-                    ..args
-                });
-            }
-            Some("version") => {
-                return Ok(Self {
-                    action: Action::Version,
-                    ..args
-                });
-            }
-            Some("start") => Action::Start,
-            Some("delete") => Action::Delete,
-            Some("serve") => Action::Serve,
-            other => return Err(Error::Action(other.unwrap_or_default().into())),
-        };
-        for (what, id) in [("-namespace", &args.namespace), ("-id", &args.id)] {
-            if !sealpod_protocol::valid_id(id) {
+        let named = !matches!(action, Action::Info | Action::Version);
+        for (what, id) in [("-namespace", &flags.namespace), ("-id", &flags.id)] {
+            if named && !sealpod_protocol::valid_id(id) {
                 return Err(Error::Id {
                     what,
                     found: id.clone(),
                 });
             }
         }
-        Ok(args)
+        let bundle = match flags.bundle.as_str() {
+            "" => ".".into(),
+            bundle => bundle.into(),
+        };
+        Ok(Self {
+            action,
+            namespace: flags.namespace,
+            id: flags.id,
+            address: flags.address,
+            bundle,
+            socket: flags.socket.into(),
+            debug: flags.debug,
+        })
     }
 }
 
@@ -147,7 +104,8 @@ mod tests {
     use super::*;
 
     fn parse(line: &str) -> Result<Args, Error> {
-        Args::parse(line.split_whitespace().map(String::from))
+        let words: Vec<String> = line.split_whitespace().map(String::from).collect();
+        Args::parse(&words)
     }
 
     #[test]
@@ -169,16 +127,16 @@ mod tests {
 
     #[test]
     fn a_wrong_command_line_is_named() {
-        assert_eq!(parse("-nope x start"), Err(Error::Flag("-nope".into())));
-        assert_eq!(parse("-id"), Err(Error::Value("id".into())));
-        assert_eq!(
-            parse("-namespace n -id i dance"),
-            Err(Error::Action("dance".into()))
-        );
-        assert!(matches!(
-            parse("-namespace n -id ../x start"),
-            Err(Error::Id { .. })
-        ));
-        assert!(matches!(parse("-namespace n start"), Err(Error::Id { .. })));
+        for (line, named) in [
+            ("-nope x start", "nope"),
+            ("-id", "id"),
+            ("-namespace n -id i dance", "\"dance\""),
+            ("-namespace n -id i", "allowed: start, delete"),
+            ("-namespace n -id ../x start", "-id \"../x\""),
+            ("-namespace n start", "-id \"\""),
+        ] {
+            let error = crate::error::chain(&parse(line).expect_err(line));
+            assert!(error.contains(named), "{line}: {error}");
+        }
     }
 }

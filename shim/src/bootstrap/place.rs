@@ -31,9 +31,10 @@ impl Place {
         }
     }
 
-    /// The folder that `start` named.
+    /// The folder of the shim's socket that `start` named.
     #[must_use]
-    pub fn at(dir: &Path) -> Self {
+    pub fn of(socket: &Path) -> Self {
+        let dir = socket.parent().unwrap_or(socket);
         Self { dir: dir.into() }
     }
 

@@ -64,7 +64,7 @@ pub(super) fn serve(args: &Args) -> Result<(), Error> {
 async fn serve_pod(args: &Args, listener: UnixListener, caller: OwnedFd) -> Result<(), Error> {
     let events =
         std::env::var("TTRPC_ADDRESS").unwrap_or_else(|_| format!("{}.ttrpc", args.address));
-    let place = Place::at(&args.pod_dir);
+    let place = Place::of(&args.socket);
     let identity = Identity {
         namespace: args.namespace.clone(),
         id: args.id.clone(),

@@ -190,8 +190,8 @@ fn spawn(args: &Args, place: &Place, bundle: &Path, caller: OwnedFd) -> Result<C
             "-address",
             &args.address,
         ])
-        .arg("-pod-dir")
-        .arg(place.dir())
+        .arg("-socket")
+        .arg(place.socket())
         .arg("-bundle")
         .arg(bundle);
     if args.debug {

@@ -15,7 +15,6 @@ use super::{Container, Handle, process, stand_in::StandIn};
 use crate::{
     attest::wanted::Wanted,
     error::{Error, Kind, Result},
-    events::Event,
     guest::{self, Guest},
     hooks::{Hooks, Point},
     io::{self, HostEnds, Uris},
@@ -93,7 +92,7 @@ pub async fn create(pod: &Arc<Pod>, request: Request, spec: Spec, role: Role) ->
         container.run_create_hooks().await?;
     }
     let event = container.created(&request);
-    container.publish(Event::Create(event)).await;
+    container.publish(event).await;
     let handle = Handle {
         pid: container.pid(),
         owner: Owner::spawn(container),

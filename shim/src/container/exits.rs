@@ -7,7 +7,7 @@ use containerd_shim_protos::events::task as ev;
 use tokio::sync::watch;
 
 use super::{Container, Exit, Handle, Phase, Process};
-use crate::{events::Event, guest::Guest, io};
+use crate::{guest::Guest, io};
 
 /// How long the exit of a container may wait for those of its execs. Normally they come with it.
 const EXECS: Duration = Duration::from_secs(2);
@@ -103,7 +103,7 @@ impl Container {
             exited_at: Some(crate::clock::timestamp(exit.at_ns)).into(),
             ..Default::default()
         };
-        self.publish(Event::Exit(event)).await;
+        self.publish(event).await;
         if exec_id.is_empty() && self.alone {
             // Nothing can run again in the VM of a pod that is one container: it goes when all is told,
             // not when somebody comes to delete the task.

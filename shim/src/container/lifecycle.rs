@@ -7,7 +7,6 @@ use super::{Container, Exit, Handle, Phase, process};
 use crate::{
     clock,
     error::{Error, Kind, Result},
-    events::Event,
     guest::{self, Guest},
     hooks::Point,
     io,
@@ -108,7 +107,7 @@ impl Container {
             pid: self.pid(),
             ..Default::default()
         };
-        self.publish(Event::Start(event)).await;
+        self.publish(event).await;
         // Create hooks may refuse; after the start nothing can.
         let _ = self.hooks.run(Point::Poststart, self.pod.vm_pid()).await;
         Ok(self.pid())
@@ -178,7 +177,7 @@ impl Container {
             pid,
             ..Default::default()
         };
-        self.publish(Event::ExecStarted(event)).await;
+        self.publish(event).await;
         handle.watch(guest, id, exec_id, drain);
         Ok(pid)
     }
@@ -261,18 +260,15 @@ impl Container {
         }
         self.paused = paused;
         let container_id = self.id.clone();
-        let event = if paused {
-            Event::Paused(ev::TaskPaused {
-                container_id,
-                ..Default::default()
-            })
+        if paused {
+            let mut event = ev::TaskPaused::new();
+            event.container_id = container_id;
+            self.publish(event).await;
         } else {
-            Event::Resumed(ev::TaskResumed {
-                container_id,
-                ..Default::default()
-            })
-        };
-        self.publish(event).await;
+            let mut event = ev::TaskResumed::new();
+            event.container_id = container_id;
+            self.publish(event).await;
+        }
         Ok(())
     }
 
@@ -345,7 +341,7 @@ impl Container {
             exited_at: Some(clock::timestamp(exit.at_ns)).into(),
             ..Default::default()
         };
-        self.publish(Event::Delete(event)).await;
+        self.publish(event).await;
         Ok((exit, pid))
     }
 }

@@ -13,11 +13,11 @@ mod stand_in;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
+use containerd_shim::event::Event;
 use containerd_shim_protos::events::task as ev;
 
 use crate::{
     error::{Error, Kind, Result},
-    events::Event,
     hooks::Hooks,
     io::Uris,
     owner::Owner,
@@ -92,7 +92,7 @@ impl Container {
             .map_or_else(|| self.pod.vm_pid(), |s| s.pid)
     }
 
-    async fn publish(&self, event: Event) {
+    async fn publish(&self, event: impl Event) {
         self.pod.publisher().publish(event).await;
     }
 }
@@ -113,7 +113,7 @@ impl Handle {
             .call(move |c| {
                 Box::pin(async move {
                     let event = c.add_exec(exec_id, uris, spec)?;
-                    c.publish(Event::ExecAdded(event)).await;
+                    c.publish(event).await;
                     Ok(())
                 })
             })

@@ -257,9 +257,7 @@ async fn report_events(pod: Arc<Pod>) {
                         container_id: oom.container_id,
                         ..Default::default()
                     };
-                    pod.publisher()
-                        .publish(crate::events::Event::Oom(event))
-                        .await;
+                    pod.publisher().publish(event).await;
                 }
             }
             Err(e) => return tracing::debug!("No more events from the guest: {e}"),
