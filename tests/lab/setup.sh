@@ -36,6 +36,7 @@ lab_fetch_kernel() {
     ) || die "$package could not be had"
     echo "${package#linux-image-}" >"$dir.part/.done"
     mv "$dir.part" "$dir"
+    private_apt_done
 }
 
 # busybox, init.sh and the modules that reach the two shares, in the order in which they are loaded.

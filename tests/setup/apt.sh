@@ -26,10 +26,13 @@ machine_archives() {
         awk '$2 == "main" && $1 ~ /^(bookworm|stable|oldstable)/ { print $1, $3 }' | sort -u
 }
 
-# Writes the private configuration and fetches its lists, at most once a day.
+# Writes the private configuration and fetches its lists, at most once a day. The lists are this
+# process's alone from here to private_apt_done: apt must not read what another fetches just now.
 private_apt_init() {
     APT_DIR=$SEALPOD_CACHE/apt
     mkdir -p "$APT_DIR"/{lists/partial,archives/partial,parts}
+    exec {apt_lock}>"$SEALPOD_CACHE/apt.lock"
+    flock "$apt_lock"
     local keyring=/usr/share/keyrings/debian-archive-keyring.gpg mirror signed
     [ -r "$keyring" ] || die "$keyring is missing (package debian-archive-keyring)"
     mirror=$(machine_archives | awk '$1 ~ /^(bookworm|stable|oldstable)$/ { print $2; exit }')
@@ -70,6 +73,8 @@ CONF
     rm -f "$APT_DIR"/*.list.new
 }
 
+private_apt_done() { exec {apt_lock}>&-; }
+
 # unpacked SUITE NAME PACKAGE...: downloads the packages of SUITE and unpacks them together into
 # $SEALPOD_CACHE/debs/NAME. Done already for the same list of packages: nothing happens.
 unpacked() {
@@ -78,6 +83,8 @@ unpacked() {
     dir=$SEALPOD_CACHE/debs/$name
     if [ "$(cat "$dir/.packages" 2>/dev/null)" = "$suite $*" ]; then return 0; fi
     private_apt_init
+    # Another process may have done it meanwhile.
+    if [ "$(cat "$dir/.packages" 2>/dev/null)" = "$suite $*" ]; then private_apt_done; return 0; fi
     say "unpacking $* ($suite)"
     rm -rf "$dir" "$dir.part"
     mkdir -p "$dir.part"
@@ -90,6 +97,7 @@ unpacked() {
     ) || die "packages of $suite could not be had: $*"
     echo "$suite $*" >"$dir.part/.packages"
     mv "$dir.part" "$dir"
+    private_apt_done
 }
 
 # machine_packages PACKAGE...: installs what is missing, by the machine's own package manager.
@@ -109,4 +117,5 @@ machine_packages() {
         -o Dir::Etc::sourcelist="$APT_DIR/machine.list" -o Dir::Etc::sourceparts="$APT_DIR/parts" \
         -o Dir::State::lists="$APT_DIR/lists" install "${missing[@]}" ||
         die "apt could not install: ${missing[*]%%/*}"
+    private_apt_done
 }
