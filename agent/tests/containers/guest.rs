@@ -27,13 +27,22 @@ use ttrpc::context;
 
 use super::{Failure, Outcome};
 
-const BUSYBOX: &str = "/bin/busybox";
+/// Debian's busybox-static, as `tests/setup/setup.sh clients` unpacks it, or as it is installed.
+fn busybox() -> Option<PathBuf> {
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/sealpod"));
+    let cache = std::env::var_os("SEALPOD_CACHE").map(PathBuf::from);
+    let unpacked = cache
+        .or_else(home)
+        .map(|c| c.join("debs/tools/bin/busybox"));
+    let places = unpacked.into_iter().chain(["/bin/busybox".into()]);
+    places.into_iter().find(|path| path.exists())
+}
 
 /// What this machine lacks for these tests.
 pub(crate) fn missing() -> Option<&'static str> {
     match () {
         () if !nix::unistd::geteuid().is_root() => Some("root"),
-        () if !Path::new(BUSYBOX).exists() => Some("busybox-static"),
+        () if busybox().is_none() => Some("busybox-static"),
         () => None,
     }
 }
@@ -353,7 +362,8 @@ pub(crate) fn image(root: &Path) -> Result<(), Failure> {
     for folder in ["bin", "etc", "proc", "tmp", "root"] {
         fs::create_dir_all(root.join(folder))?;
     }
-    fs::copy(BUSYBOX, root.join("bin/busybox"))?;
+    let busybox = busybox().ok_or("there is no busybox-static")?;
+    fs::copy(busybox, root.join("bin/busybox"))?;
     for name in [
         "sh", "cat", "sleep", "id", "ls", "stty", "head", "dd", "mount", "hostname", "grep", "ps",
         "nc", "true", "touch", "ip",
