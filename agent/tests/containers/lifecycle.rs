@@ -75,7 +75,10 @@ pub(crate) async fn requests_in_the_wrong_state_get_the_code_that_containerd_exp
     expect(
         refusal(guest.agent.hello(soon(), &version).await)?,
         Code::FAILED_PRECONDITION,
-        &format!("version {}, the shim 99", sealpod_protocol::PROTOCOL_VERSION),
+        &format!(
+            "version {}, the shim 99",
+            sealpod_protocol::PROTOCOL_VERSION
+        ),
     )?;
     expect(
         refusal(guest.start_container("c1").await)?,
