@@ -1,37 +1,37 @@
 //! The ttrpc service of agent.proto: requests checked and handed to what carries them out, errors given
 //! the code that the shim acts on. Nothing is decided here.
 
+mod inner;
+
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
+use sealpod_protocol::PROTOCOL_VERSION;
 use sealpod_protocol::agent::{
-    AdmitDevicesRequest, AdmittedDevice, AttestRequest, AttestResponse, ContainerRequest,
-    CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecRequest, ExecResponse,
-    HelloRequest, HelloResponse, Network as NetworkRequest, Oom, PidsResponse, Process,
-    ProcessRequest, ResizePtyRequest, RevokeDevicesRequest, SetupSandboxRequest, SignalRequest,
-    StatsResponse, UpdateRequest, WaitResponse, event,
+    AdmitDevicesRequest, AttestRequest, AttestResponse, ContainerRequest, CreateContainerRequest,
+    CreateContainerResponse, Empty, Event, ExecRequest, ExecResponse, HelloRequest, HelloResponse,
+    Network as NetworkRequest, Oom, PidsResponse, Process, ProcessRequest, ResizePtyRequest,
+    RevokeDevicesRequest, SetupSandboxRequest, SignalRequest, StatsResponse, UpdateRequest,
+    WaitResponse, event,
 };
 use sealpod_protocol::agent_ttrpc::Agent;
-use sealpod_protocol::streams::Stdio;
-use sealpod_protocol::{PROTOCOL_VERSION, valid_id};
 use tokio::sync::{Mutex, mpsc};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, Result};
 
-use crate::attest::{Attestor, Gate, device, device::Live};
+use crate::attest::{Attestor, Gate};
 use crate::cgroup::{self, oom, stats};
 use crate::container::Containers;
-use crate::io::{Connection, Processes};
 use crate::log;
-use crate::network::{Network, Plan};
+use crate::network::Plan;
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox};
-use crate::slot;
 use crate::start::Timeline;
 use crate::status::{attest_error, container_error, network_error, sandbox_error, status};
+use inner::{Inner, check_id, check_process};
 
 /// Largest signal number.
 const SIGNAL_MAX: u32 = 64;
@@ -41,37 +41,6 @@ const FAREWELL: std::time::Duration = std::time::Duration::from_millis(50);
 /// The agent's service.
 #[derive(Debug, Clone)]
 pub struct Service(Arc<Inner>);
-
-#[derive(Debug)]
-struct Inner {
-    containers: Containers,
-    sandbox: Sandbox,
-    attestor: Attestor,
-    network: Mutex<Network>,
-    events: Mutex<mpsc::Receiver<String>>,
-    timeline: std::sync::Mutex<Timeline>,
-}
-
-fn check_id(what: &str, id: &str) -> Result<()> {
-    if valid_id(id) {
-        return Ok(());
-    }
-    Err(status(
-        Code::INVALID_ARGUMENT,
-        format_args!(
-            "Invalid {what} id {:?}: 1 to 128 of A-Z a-z 0-9 _ . -",
-            id.get(..64).unwrap_or(id)
-        ),
-    ))
-}
-
-fn check_process(container: &str, exec: &str) -> Result<()> {
-    check_id("container", container)?;
-    if exec.is_empty() {
-        return Ok(());
-    }
-    check_id("exec", exec)
-}
 
 /// Runs `work` to its end even if the request is given up: a container half made would be nobody's.
 async fn to_the_end<T: Send + 'static>(
@@ -105,70 +74,6 @@ impl Service {
     #[must_use]
     pub fn is_a_pods(&self) -> bool {
         self.0.sandbox.is_set_up()
-    }
-}
-
-impl Inner {
-    fn timeline(&self) -> std::sync::MutexGuard<'_, Timeline> {
-        let locked = self.timeline.lock();
-        locked.unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// The devices that a container asks for, if all of them are admitted.
-    fn admitted(&self, request: &CreateContainerRequest) -> Result<Vec<(String, Live)>> {
-        let one = |asked: &AdmittedDevice| match self.attestor.admitted(&asked.id) {
-            Some(live) => Ok((asked.path.clone(), live)),
-            None => Err(status(
-                Code::PERMISSION_DENIED,
-                format_args!("Guest gate: device {:?} is not admitted", asked.id),
-            )),
-        };
-        request.admitted_devices.iter().map(one).collect()
-    }
-
-    /// Closes the guest gate for devices, for all that are admitted where none is named: no container can
-    /// open them any more, those that have one stand still, and the devices leave the guest, also those
-    /// that nobody has admitted yet.
-    async fn revoke(&self, ids: &[String]) -> Result<()> {
-        let closed = self.attestor.close(ids);
-        if ids.is_empty() || !closed.as_ref().is_ok_and(Vec::is_empty) {
-            self.containers.freeze(true).await;
-        }
-        let mut devices = closed.map_err(attest_error)?;
-        let here = ids
-            .iter()
-            .filter_map(|id| device::find(Path::new("/sys"), id));
-        devices.extend(here);
-        devices.dedup_by(|a, b| a.id == b.id);
-        for device in devices {
-            if let Err(e) = device.remove(Path::new(slot::SLOTS)).await {
-                log!("device {} stays: {e}", device.id);
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Processes for Service {
-    fn check(&self, container: &str, exec: &str, stream: Stdio) -> std::result::Result<(), String> {
-        let found = self.0.containers.process(container, exec);
-        let (_, process) = found.map_err(|e| e.to_string())?;
-        process.streams().check(stream).map_err(|e| e.to_string())
-    }
-
-    fn attach(
-        &self,
-        container: &str,
-        exec: &str,
-        stream: Stdio,
-        connection: Connection,
-    ) -> std::result::Result<(), String> {
-        let found = self.0.containers.process(container, exec);
-        let (_, process) = found.map_err(|e| e.to_string())?;
-        process
-            .streams()
-            .attach(stream, connection)
-            .map_err(|e| e.to_string())
     }
 }
 
@@ -296,12 +201,7 @@ impl Agent for Service {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
-        check_process(&request.container_id, &request.exec_id)?;
-        let found = self
-            .0
-            .containers
-            .process(&request.container_id, &request.exec_id);
-        let (container, process) = found.map_err(container_error)?;
+        let (container, process) = self.0.process(&request.container_id, &request.exec_id)?;
         let ended = process.wait().await.map_err(container_error)?;
         if ended.exit.killed {
             container.check_oom();
@@ -317,7 +217,6 @@ impl Agent for Service {
     }
 
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
-        check_process(&request.container_id, &request.exec_id)?;
         let number = i32::try_from(request.signal)
             .ok()
             .filter(|_| request.signal <= SIGNAL_MAX);
@@ -327,11 +226,7 @@ impl Agent for Service {
                 format_args!("Signal {}: 0 to {SIGNAL_MAX} are allowed", request.signal),
             ));
         };
-        let found = self
-            .0
-            .containers
-            .process(&request.container_id, &request.exec_id);
-        let (container, process) = found.map_err(container_error)?;
+        let (container, process) = self.0.process(&request.container_id, &request.exec_id)?;
         let sent = if request.all {
             container.signal_all(number)
         } else {
@@ -342,12 +237,7 @@ impl Agent for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Result<Empty> {
-        check_process(&request.container_id, &request.exec_id)?;
-        let found = self
-            .0
-            .containers
-            .process(&request.container_id, &request.exec_id);
-        let (_, process) = found.map_err(container_error)?;
+        let (_, process) = self.0.process(&request.container_id, &request.exec_id)?;
         let size = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         let resized = process.resize(size(request.width), size(request.height));
         resized.map_err(container_error)?;
@@ -355,22 +245,13 @@ impl Agent for Service {
     }
 
     async fn close_stdin(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<Empty> {
-        check_process(&request.container_id, &request.exec_id)?;
-        let found = self
-            .0
-            .containers
-            .process(&request.container_id, &request.exec_id);
-        found.map_err(container_error)?.1.streams().close_stdin();
+        let (_, process) = self.0.process(&request.container_id, &request.exec_id)?;
+        process.streams().close_stdin();
         Ok(Empty::new())
     }
 
     async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<PidsResponse> {
-        check_id("container", &request.container_id)?;
-        let container = self
-            .0
-            .containers
-            .get(&request.container_id)
-            .map_err(container_error)?;
+        let container = self.0.container(&request.container_id)?;
         let mut response = PidsResponse::new();
         for (pid, exec_id) in container.pids().map_err(container_error)? {
             response.processes.push(Process {
@@ -383,12 +264,7 @@ impl Agent for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
-        check_id("container", &request.container_id)?;
-        let container = self
-            .0
-            .containers
-            .get(&request.container_id)
-            .map_err(container_error)?;
+        let container = self.0.container(&request.container_id)?;
         to_the_end(async move {
             container.pause().await.map_err(container_error)?;
             Ok(Empty::new())
@@ -412,12 +288,7 @@ impl Agent for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<Empty> {
-        check_id("container", &request.container_id)?;
-        let container = self
-            .0
-            .containers
-            .get(&request.container_id)
-            .map_err(container_error)?;
+        let container = self.0.container(&request.container_id)?;
         let resources: LinuxResources =
             serde_json::from_slice(&request.resources).map_err(|e| {
                 status(
