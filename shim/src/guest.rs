@@ -314,4 +314,44 @@ mod tests {
             Err(GuestError::Io(_))
         ));
     }
+
+    /// An agent of another build.
+    struct Other(u32);
+
+    #[async_trait::async_trait]
+    impl sealpod_protocol::agent_ttrpc::Agent for Other {
+        async fn hello(
+            &self,
+            _: &ttrpc::r#async::TtrpcContext,
+            _: HelloRequest,
+        ) -> ttrpc::Result<HelloResponse> {
+            Ok(HelloResponse {
+                protocol_version: self.0,
+                ..Default::default()
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_another_protocol_version_is_refused_with_both_versions() {
+        for theirs in [0, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1] {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let dialled = Dialled::bind(dir.path().join("v")).expect("bind");
+            let agent = UnixStream::connect(&dialled.path).await.expect("dial");
+            let mut server = ttrpc::r#async::Server::new()
+                .register_service(sealpod_protocol::agent_ttrpc::create_agent(
+                    std::sync::Arc::new(Other(theirs)),
+                ))
+                .add_listener(ttrpc::r#async::transport::Listener::new(
+                    futures_util::stream::iter([Ok(agent)]),
+                ));
+            server.start().await.expect("serve");
+            let e = dialled
+                .answered(std::future::pending(), CALL)
+                .await
+                .expect_err("another version");
+            let words = format!("version {theirs}, this shim {PROTOCOL_VERSION}");
+            assert!(e.to_string().contains(&words), "{e}");
+        }
+    }
 }

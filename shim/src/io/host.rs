@@ -1,10 +1,14 @@
 //! Opens what a client named for a process's streams.
 
-use std::{fs, io, os::unix::fs::FileTypeExt, path::Path};
+use std::{fs, io, os::unix::fs::FileTypeExt, path::Path, time::Duration};
 
+use nix::libc::ENXIO;
 use tokio::net::unix::pipe;
 
 use super::{Error, Uris, binary, copy::Sink};
+
+/// How long a client may take to open the reading end of a fifo that it has named.
+const READER: Duration = Duration::from_secs(5);
 
 /// Reading end of a client's input.
 #[derive(Debug)]
@@ -51,10 +55,10 @@ pub async fn open(uris: &Uris, namespace: &str, container_id: &str) -> Result<Ho
         return Ok(ends);
     }
     if !uris.stdout.is_empty() {
-        ends.stdout = Some(sink(&uris.stdout)?);
+        ends.stdout = Some(sink(&uris.stdout).await?);
     }
     if uris.wants_stderr() {
-        ends.stderr = Some(sink(&uris.stderr)?);
+        ends.stderr = Some(sink(&uris.stderr).await?);
     }
     Ok(ends)
 }
@@ -77,17 +81,11 @@ fn stdin(uri: &str) -> Result<Stdin, Error> {
     })
 }
 
-fn sink(uri: &str) -> Result<Sink, Error> {
+async fn sink(uri: &str) -> Result<Sink, Error> {
     let path = local_path(uri)?;
-    let open = || -> io::Result<Sink> {
-        let is_fifo = fs::metadata(path).is_ok_and(|m| m.file_type().is_fifo());
-        if is_fifo {
-            // Read-write: a client may detach and come back, and its absence is no broken pipe.
-            return Ok(Box::new(
-                pipe::OpenOptions::new()
-                    .read_write(true)
-                    .open_sender(path)?,
-            ));
+    let open = async {
+        if fs::metadata(path).is_ok_and(|m| m.file_type().is_fifo()) {
+            return Ok(Box::new(output_fifo(path, READER).await?) as Sink);
         }
         if uri.starts_with("file://")
             && let Some(parent) = path.parent()
@@ -98,12 +96,40 @@ fn sink(uri: &str) -> Result<Sink, Error> {
             .append(true)
             .create(uri.starts_with("file://"))
             .open(path)?;
-        Ok(Box::new(tokio::fs::File::from_std(file)))
+        Ok::<Sink, io::Error>(Box::new(tokio::fs::File::from_std(file)))
     };
-    open().map_err(|source| Error::Open {
+    open.await.map_err(|source| Error::Open {
         uri: uri.into(),
         source,
     })
+}
+
+/// A fifo for output, once its reader is there: one that opens it after a short process has ended and been
+/// closed would wait for a writer for ever. Without a reader in time it is opened all the same.
+async fn output_fifo(path: &Path, patience: Duration) -> io::Result<pipe::Sender> {
+    let options = pipe::OpenOptions::new();
+    // Ours alone is enough to read: a client may detach and come back, and its absence is no broken pipe.
+    let both = || pipe::OpenOptions::new().read_write(true).open_sender(path);
+    match options.open_sender(path) {
+        Ok(reader_is_there) => {
+            let opened = both();
+            drop(reader_is_there);
+            return opened;
+        }
+        Err(e) if e.raw_os_error() == Some(ENXIO) => {}
+        Err(e) => return Err(e),
+    }
+    let waits = path.to_owned();
+    let reader =
+        tokio::task::spawn_blocking(move || fs::OpenOptions::new().write(true).open(waits));
+    tokio::pin!(reader);
+    let came = tokio::time::timeout(patience, &mut reader).await;
+    // Also the reader that a thread still waits for.
+    let opened = both();
+    if came.is_err() {
+        tracing::warn!("Nobody reads {path:?} yet");
+    }
+    opened
 }
 
 /// The path of `file:///path`, `fifo:///path` or a bare absolute path.
@@ -121,6 +147,8 @@ fn local_path(uri: &str) -> Result<&Path, Error> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     #[test]
@@ -134,5 +162,34 @@ mod tests {
             let e = local_path(bad).expect_err(bad).to_string();
             assert!(e.contains(bad), "{e}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_comes_late_gets_all_of_a_short_output() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("out");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
+        let uri = path.to_string_lossy().into_owned();
+        let opening = tokio::spawn(async move { sink(&uri).await });
+        // The process would be over by now if nobody waited for its reader.
+        tokio::task::yield_now().await;
+        let reading = tokio::task::spawn_blocking(move || fs::read_to_string(path));
+        let mut sink = opening.await.expect("task").expect("sink");
+        sink.write_all(b"all of it").await.expect("write");
+        drop(sink);
+        let read = tokio::time::timeout(READER, reading)
+            .await
+            .expect("in time");
+        assert_eq!(read.expect("task").expect("read"), "all of it");
+    }
+
+    #[tokio::test]
+    async fn a_fifo_that_nobody_reads_is_opened_after_a_while() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("out");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
+        let opened = output_fifo(&path, Duration::from_millis(10)).await;
+        let mut sink = opened.expect("sink");
+        sink.write_all(b"kept").await.expect("write");
     }
 }

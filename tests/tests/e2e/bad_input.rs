@@ -18,6 +18,7 @@ on_every_containerd!(
     a_signal_to_an_exited_task_finds_nothing,
     wrong_ids_are_refused,
     an_unknown_namespace_is_named,
+    a_specification_without_a_process_or_a_root_is_named,
     a_missing_working_folder_is_made_or_named,
 );
 
@@ -243,6 +244,20 @@ mod bodies {
         });
         assert_ne!(done.code, 0);
         assert_names(&done.text(), &["flavour"]);
+        env.assert_clean();
+    }
+
+    pub(super) fn a_specification_without_a_process_or_a_root_is_named(version: Version) {
+        need!(assets::complete());
+        let env = Env::new(version).unwrap();
+        let done = env.ctr_run_spec(|spec| {
+            spec.as_object_mut().unwrap().remove("process");
+        });
+        assert_ne!(done.code, 0);
+        assert_names(&done.text(), &["process"]);
+        let done = env.ctr_run_spec(|spec| spec["root"]["path"] = "/nowhere/rootfs".into());
+        assert_ne!(done.code, 0);
+        assert_names(&done.text(), &["/nowhere/rootfs"]);
         env.assert_clean();
     }
 

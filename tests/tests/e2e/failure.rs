@@ -35,7 +35,7 @@ impl Victim {
     fn marks(self) -> &'static [&'static str] {
         match self {
             // Which serves, not the one that starts it and may be gone when the signal comes.
-            Self::Shim => &["-pod-dir"],
+            Self::Shim => &["-socket"],
             Self::Vm => &["qemu-system-x86_64", "sealpod-vmm"],
             Self::Virtiofsd => &["virtiofsd"],
             Self::Containerd => &["--config"],
