@@ -1,8 +1,16 @@
 //! Opens what a client named for a process's streams.
 
-use std::{fs, io, os::unix::fs::FileTypeExt, path::Path, time::Duration};
+use std::{
+    fs, io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use nix::libc::ENXIO;
+use nix::libc::{ENXIO, O_PATH};
 use tokio::net::unix::pipe;
 
 use super::{Error, Uris, binary, copy::Sink};
@@ -107,10 +115,16 @@ async fn sink(uri: &str) -> Result<Sink, Error> {
 /// A fifo for output, once its reader is there: one that opens it after a short process has ended and been
 /// closed would wait for a writer for ever. Without a reader in time it is opened all the same.
 async fn output_fifo(path: &Path, patience: Duration) -> io::Result<pipe::Sender> {
+    // By this it can be opened, and a thread that waits set free, though a client has removed the name.
+    let fifo = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(O_PATH)
+        .open(path)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", fifo.as_raw_fd()));
     let options = pipe::OpenOptions::new();
     // Ours alone is enough to read: a client may detach and come back, and its absence is no broken pipe.
-    let both = || pipe::OpenOptions::new().read_write(true).open_sender(path);
-    match options.open_sender(path) {
+    let both = || pipe::OpenOptions::new().read_write(true).open_sender(&path);
+    match options.open_sender(&path) {
         Ok(reader_is_there) => {
             let opened = both();
             drop(reader_is_there);
@@ -119,7 +133,7 @@ async fn output_fifo(path: &Path, patience: Duration) -> io::Result<pipe::Sender
         Err(e) if e.raw_os_error() == Some(ENXIO) => {}
         Err(e) => return Err(e),
     }
-    let waits = path.to_owned();
+    let waits = path.clone();
     let reader =
         tokio::task::spawn_blocking(move || fs::OpenOptions::new().write(true).open(waits));
     tokio::pin!(reader);
@@ -127,7 +141,7 @@ async fn output_fifo(path: &Path, patience: Duration) -> io::Result<pipe::Sender
     // Also the reader that a thread still waits for.
     let opened = both();
     if came.is_err() {
-        tracing::warn!("Nobody reads {path:?} yet");
+        tracing::warn!("Nobody reads a process's output yet");
     }
     opened
 }
