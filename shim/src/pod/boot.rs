@@ -198,6 +198,7 @@ pub(super) async fn boot(
             (vm, guest, hello)
         }
     };
+    pod.timeline.vm(&vm.marks());
     mark_guest_times(pod, &hello);
     first::set_up(&guest, request, network, &attested).await?;
     pod.put_up_gate(attested, std::mem::take(&mut taken.withheld));

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{attest::Took, clock};
+use crate::{attest::Took, clock, vm};
 
 /// A stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,6 +77,14 @@ impl Timeline {
         ] {
             let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
             marks.entry(part).or_insert_with(|| ns(time));
+        }
+    }
+
+    /// Notes what the VM's driver noted, for the next time the file is written.
+    pub(super) fn vm(&self, noted: &[vm::Mark]) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        for mark in noted {
+            marks.entry(mark.what).or_insert(mark.at_ns);
         }
     }
 

@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 
 use sealpod_attestation::evidence::Tee;
 
-use super::process::{GUEST_FIRMWARE, INITRAMFS, KERNEL};
+use super::process::{GUEST_FIRMWARE, INITRAMFS, KERNEL, SMALL};
 use super::protection::{self, BOUNCE, PROTECTED};
 use super::{Accelerator, Confidential};
 
@@ -66,7 +66,7 @@ pub(super) fn cmdline(
     // noreplace-smp, tsc=reliable: no code is patched and no clock watched that cannot change.
     // dummy: compiled in, it would make an interface nobody asked for.
     let fixed = "console=ttyS0 quiet reboot=t noreplace-smp tsc=reliable dummy.numdummies=0";
-    let mut words = vec![fixed.to_owned()];
+    let mut words = vec![fixed.to_owned(), SMALL.to_owned()];
     if accelerator == Accelerator::Tcg {
         // A translator has none of the processor's leaks, and pays for every barrier. Tables that
         // say what is known, and timers that nobody needs, cost 200 ms.

@@ -30,7 +30,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use async_trait::async_trait;
 
@@ -285,8 +284,8 @@ pub enum VmError {
 pub struct Mark {
     /// What had just happened.
     pub what: &'static str,
-    /// When.
-    pub at: Instant,
+    /// When, by [`clock::boot_ns`](crate::clock::boot_ns).
+    pub at_ns: u64,
 }
 
 /// Starts VMs.

@@ -52,7 +52,7 @@ impl Driver for Qemu {
         let command = command(config, &cmdline, ends, !passed.is_empty())?;
 
         let child = child::spawn(command, ledger).await?;
-        let mut marks = vec![mark("vmm_spawned")];
+        let mut marks = vec![mark("vmm_spawned_ns")];
         let (console, reading) = Console::read(console);
         let (stopping, exit) = process::supervise(child.watch(), console.clone(), reading);
         let qmp = match Qmp::connect(monitor).await {
@@ -72,7 +72,7 @@ impl Driver for Qemu {
             return Err(e);
         }
         // The monitor answers once the machine is built; then its vCPUs run.
-        marks.push(mark("vcpus_started"));
+        marks.push(mark("vcpus_started_ns"));
         Ok(Arc::new(Machine {
             child,
             qmp,

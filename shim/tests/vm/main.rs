@@ -221,9 +221,7 @@ async fn several_vcpus_and_ports_come_up() {
         .await;
     let exit = bench::ended(&vm).await;
     assert!(exit.console.iter().any(|l| l == "cpus 2"), "{exit}");
-    for mark in vm.marks() {
-        eprintln!("{}", mark.what);
-    }
+    assert!(vm.marks().iter().is_sorted_by_key(|mark| mark.at_ns));
     assert!(!Path::new(&format!("/proc/{}", vm.pid())).exists());
     vm.stop().await;
     drop(vm);

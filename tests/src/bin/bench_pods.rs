@@ -1,7 +1,7 @@
 //! The second part of `make bench-lab`: what a pod costs beside a container of runc's, by turns against
 //! one containerd on real KVM. Adds `pods` to the `vmm.json` in the folder that it is given: start to
-//! first output and to the end, exec, exits of a whole start, and what each further pod takes in memory
-//! (shim, VMM, virtiofsd and the guest's memory together) and threads.
+//! first output and to the end, exec, the same from a template, exits of a whole start, and what each
+//! further pod takes in memory (shim, VMM, virtiofsd and the guest's memory together) and threads.
 
 use std::{
     fs,
@@ -14,7 +14,7 @@ use sealpod_tests::{
     Env, Version,
     assets::{self, RUNC_RUNTIME, SEALPOD_RUNTIME},
     image::BUSYBOX,
-    measure::{exec, start, timeline},
+    measure::{exec, forget_the_last_guest, start, timeline},
     stats::{memfd_pss_kib, percentile, smaps_kib},
 };
 use serde_json::{Value, json};
@@ -33,11 +33,77 @@ const REPORTED: Duration = Duration::from_secs(15);
 /// Pods whose memory shrinks by less are idle.
 const SETTLED_KIB: u64 = 512;
 
-#[derive(Default)]
-struct Samples {
+/// What is compared.
+struct Side {
+    name: &'static str,
+    runtime: &'static str,
+    /// Pods go on from a template.
+    template: bool,
     first_output: Vec<f64>,
     exit: Vec<f64>,
     exec: Vec<f64>,
+    /// From the request of a pod until its agent answers and until its container runs, as the shim has it.
+    agent_ready: Vec<f64>,
+    started: Vec<f64>,
+}
+
+impl Side {
+    fn new(name: &'static str, runtime: &'static str, template: bool) -> Self {
+        Self {
+            name,
+            runtime,
+            template,
+            first_output: Vec::new(),
+            exit: Vec::new(),
+            exec: Vec::new(),
+            agent_ready: Vec::new(),
+            started: Vec::new(),
+        }
+    }
+
+    /// One round; the first, 0, warms caches and makes the template, and is not counted.
+    fn round(&mut self, env: &Env, round: usize) -> Result<()> {
+        use_templates(env, self.template)?;
+        forget_the_last_guest();
+        let id = env.id(&format!("{}{round}", self.name));
+        let (first, exit) = start(env, self.runtime, &id)?;
+        let exec = exec(env, &env.id(self.name), round)?;
+        forget_the_last_guest();
+        let marks = (self.runtime == SEALPOD_RUNTIME).then(|| timeline(env));
+        if round == 0 {
+            return Ok(());
+        }
+        self.first_output.push(first);
+        self.exit.push(exit);
+        self.exec.push(exec);
+        if let Some(marks) = marks {
+            let marks = marks.context("a start left no times")?;
+            let since = |mark: &str| Some(marks[mark].as_f64()? - marks["requested_us"].as_f64()?);
+            let ms = |mark| Ok::<_, anyhow::Error>(since(mark).context("no mark")? / 1e3);
+            self.agent_ready.push(ms("agent_ready_us")?);
+            self.started.push(ms("container_started_us")?);
+        }
+        Ok(())
+    }
+
+    fn report(&self) -> Value {
+        let mut report = json!({ "run_to_first_output": summary(&self.first_output),
+            "run_to_exit": summary(&self.exit), "exec": summary(&self.exec) });
+        if !self.started.is_empty() {
+            report["request_to_agent_ready"] = summary(&self.agent_ready);
+            report["request_to_container_started"] = summary(&self.started);
+        }
+        report
+    }
+}
+
+/// Pods that start from now on go on from a template, or boot.
+fn use_templates(env: &Env, template: bool) -> Result<()> {
+    let folder = env.folder().join("sealpod.toml.d");
+    fs::create_dir_all(&folder)?;
+    let text = format!("[hypervisor]\ntemplate = {template}\n");
+    fs::write(folder.join("template.toml"), text)?;
+    Ok(())
 }
 
 /// All processes of all pods, by program.
@@ -135,49 +201,50 @@ fn summary(samples: &[f64]) -> Value {
     json!({ "p50_ms": round(percentile(samples, 0.5)), "p95_ms": round(percentile(samples, 0.95)) })
 }
 
-fn side(samples: &Samples) -> Value {
-    json!({ "run_to_first_output": summary(&samples.first_output),
-        "run_to_exit": summary(&samples.exit), "exec": summary(&samples.exec) })
-}
-
 fn measure(env: &Env, rounds: usize) -> Result<Value> {
     let mut sides = [
-        ("runc", RUNC_RUNTIME, Samples::default()),
-        ("sealpod", SEALPOD_RUNTIME, Samples::default()),
+        Side::new("runc", RUNC_RUNTIME, false),
+        Side::new("sealpod", SEALPOD_RUNTIME, false),
+        Side::new("sealpod-template", SEALPOD_RUNTIME, true),
     ];
-    for (name, runtime, _) in &sides {
-        run_detached(env, runtime, name)?;
+    for side in &sides {
+        use_templates(env, side.template)?;
+        run_detached(env, side.runtime, side.name)?;
     }
-    // Round 0 warms caches and is not counted.
     for round in 0..=rounds {
         eprintln!("round {round} of {rounds}");
-        for (name, runtime, samples) in &mut sides {
-            let (first, exit) = start(env, runtime, &env.id(&format!("{name}{round}")))?;
-            let exec = exec(env, &env.id(name), round)?;
-            if round > 0 {
-                samples.first_output.push(first);
-                samples.exit.push(exit);
-                samples.exec.push(exec);
-            }
+        for side in &mut sides {
+            side.round(env, round)?;
         }
     }
-    for (name, ..) in &sides {
-        env.ctr_remove(&env.id(name));
+    for side in &sides {
+        env.ctr_remove(&env.id(side.name));
     }
+    let [runc, boot, template] = &sides;
+    let times = |template| {
+        use_templates(env, template)?;
+        forget_the_last_guest();
+        Ok::<_, anyhow::Error>(timeline(env))
+    };
+    let (from_template, booted) = (times(true)?, times(false)?);
     let exits = exits_of_a_start(env)?;
     let further = further_pods(env)?;
-    let [(.., runc), (.., sealpod)] = &sides;
     let ratio =
         |a: &[f64], b: &[f64]| (percentile(a, 0.5) / percentile(b, 0.5) * 100.0).round() / 100.0;
     let goals = json!({
-        "start_to_runc (3.3)": ratio(&sealpod.first_output, &runc.first_output),
-        "exec_to_runc": ratio(&sealpod.exec, &runc.exec),
+        "start_to_runc (3.3)": ratio(&boot.first_output, &runc.first_output),
+        "exec_to_runc": ratio(&boot.exec, &runc.exec),
         "further_pod_kib (44922)": further["pss_kib"],
+        "template_agent_ready_to_boot (0.2)": ratio(&template.agent_ready, &boot.agent_ready),
+        "template_started_to_boot (0.35)": ratio(&template.started, &boot.started),
+        "template_first_output_to_boot": ratio(&template.first_output, &boot.first_output),
     });
-    Ok(
-        json!({ "rounds": rounds, "runc": side(runc), "sealpod": side(sealpod),
-        "exits_of_a_start": exits, "further_pod": further, "timeline": timeline(env), "goals": goals }),
-    )
+    let mut report = json!({ "rounds": rounds, "exits_of_a_start": exits, "further_pod": further,
+        "timeline": booted, "timeline from a template": from_template, "goals": goals });
+    for side in &sides {
+        report[side.name] = side.report();
+    }
+    Ok(report)
 }
 
 fn main() -> Result<()> {

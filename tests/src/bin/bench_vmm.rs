@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use sealpod_tests::{assets, stats::percentile};
+use sealpod_tests::{assets, measure::forget_the_last_guest, stats::percentile};
 use serde_json::{Value, json};
 
 const MEMORY_MIB: u64 = 256;
@@ -166,6 +166,7 @@ impl Drop for Running {
 
 /// Starts one, measures when its init has come up, and kills it.
 fn measure(vmm: &Vmm, cost: &mut Cost) -> Result<()> {
+    forget_the_last_guest();
     let begin = Instant::now();
     let child = Command::new(&vmm.words[0])
         .args(&vmm.words[1..])

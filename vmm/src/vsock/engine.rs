@@ -46,6 +46,11 @@ pub struct Engine {
     /// Connections with something to say, each once, in turn.
     ready: VecDeque<Id>,
     resets: VecDeque<Header>,
+    /// The guest has taken part in a connection of this engine. What it sends before that, of others, is
+    /// what was on its way when it was written down, and is not answered: such a guest learns by its
+    /// device's event that those are gone. An answer could wake its programs first, and the event would
+    /// then take the connections that they have made anew.
+    known: bool,
     faults: u32,
 }
 
@@ -65,6 +70,7 @@ impl Engine {
             hybrid: Hybrid::new(&config.uds)?,
             ready: VecDeque::new(),
             resets: VecDeque::new(),
+            known: false,
             faults: 0,
         })
     }
@@ -106,9 +112,14 @@ impl Engine {
             }
             return;
         }
+        self.known |= known.is_some() || op == Some(Op::Request);
         match (known, op) {
             (None, Some(Op::Request)) if addressed && header.len == 0 => self.open(key, header),
-            (None, _) => self.resets.push_back(header.reset()),
+            (None, _) if self.known => self.resets.push_back(header.reset()),
+            (None, _) => debug!(
+                ?header,
+                "A packet of a connection before this engine's time"
+            ),
             (Some(id), op) => {
                 if let Err(fault) = self.deliver(id, op, header, payload) {
                     self.complain(header, &fault);
@@ -166,6 +177,7 @@ impl Engine {
     /// The guest has started anew: it knows no connections. What it had sent still goes to its
     /// clients, then they are closed; clients it never heard of keep waiting.
     pub fn reset(&mut self) {
+        self.known = false;
         self.resets.clear();
         for id in self.table.ids() {
             if self.table.get(id).is_some_and(|c| c.guest_knows()) {

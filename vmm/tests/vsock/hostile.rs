@@ -146,6 +146,18 @@ fn packets_for_nobody_are_answered_with_a_reset_or_not_at_all() {
 }
 
 #[test]
+fn what_comes_before_the_first_connection_is_of_another_time_and_not_answered() {
+    let mut guest = Guest::new(Limits::default());
+    let stray = good((1024, 77), Op::CreditUpdate);
+    assert_eq!(guest.inject(&stray, b""), []);
+    let (mut host, name) = guest.connected_by_guest(5);
+    assert_eq!(guest.inject(&stray, b""), [stray.reset()]);
+    guest.assert_alive(&mut host, name);
+    guest.reboot();
+    assert_eq!(guest.inject(&stray, b""), []);
+}
+
+#[test]
 fn an_answer_before_the_question_is_refused() {
     let mut guest = Guest::new(Limits::default());
     let mut client = guest.client(b"CONNECT 1\n");

@@ -61,7 +61,7 @@ pub(in super::super) async fn launch(
     let (command, request) = command(config, cmdline, begin, ends)?;
 
     let child = child::spawn(command, ledger).await?;
-    let spawned = mark("vmm_spawned");
+    let spawned = mark("vmm_spawned_ns");
     let (console, reading) = Console::read(console);
     let (stopping, exit) = process::supervise(child.watch(), console.clone(), reading);
     let client = VmmClient::new(ttrpc::asynchronous::Client::new(Socket::new(control)));
@@ -77,8 +77,9 @@ pub(in super::super) async fn launch(
         marks: vec![spawned],
     };
     machine.make(&request).await?;
+    machine.marks.push(mark("machine_made_ns"));
     machine.resume().await?;
-    machine.marks.push(mark("vcpus_started"));
+    machine.marks.push(mark("vcpus_started_ns"));
     tokio::spawn(listen(machine.client.clone()));
     Ok(machine)
 }
@@ -99,7 +100,7 @@ async fn listen(client: VmmClient) {
 }
 
 pub(in super::super) fn cmdline(config: &VmConfig) -> String {
-    let mut words = vec![CMDLINE];
+    let mut words = vec![CMDLINE, process::SMALL];
     if config.vcpus == 1 {
         // Lock prefixes stay as they are: there is nobody to lock out, and nothing to patch.
         words.push("noreplace-smp");
