@@ -1,6 +1,6 @@
 # The commands of the project. Each does all of its own set-up on a Debian 12 machine with Rust, as
 # root, and shows progress on what takes long; a second run repeats nothing.
-.PHONY: help build guest-kernel guest demo test lint bench lab lab-e2e bench-lab shell install clean
+.PHONY: help build guest-kernel guest hostile-guest demo test lint bench lab lab-e2e bench-lab shell install clean
 .DEFAULT_GOAL := help
 
 PREFIX ?= /usr/local
@@ -33,11 +33,16 @@ guest: guest-kernel
 	@agent/build.sh
 	@initramfs/pack.sh --init target/guest/sealpod-agent
 
+# For tests: a guest whose agent breaks the rules.
+hostile-guest: guest
+	@agent/build.sh --of sealpod-hostile-agent
+	@initramfs/pack.sh --init target/guest/sealpod-hostile-agent --out target/guest/hostile.cpio
+
 demo: build ## Show a container in a VM of its own: kernel, exec, HTTP over CNI, times
 	@$(SETUP) clients
 	@$(BENCH) demo -- $(CONTAINERD)
 
-test: build ## Unit, component and end-to-end tests
+test: build hostile-guest ## Unit, component and end-to-end tests
 	@$(SETUP) clients
 	@tests/run.sh
 
@@ -58,15 +63,17 @@ bench: build ## Measure starts, memory and verifications: target/bench/{start,at
 lab: build ## Run RUN, by default the tests that need KVM, on a real KVM: docs/lab.md
 	@$(if $(RUN),tests/lab/run.sh $(RUN),tests/lab/tests.sh)
 
-lab-e2e: build ## End-to-end tests with sealpod-vmm on a real KVM: docs/lab.md
+lab-e2e: build hostile-guest ## End-to-end tests with sealpod-vmm on a real KVM: docs/lab.md
 	@$(SETUP) clients
 	@tests/lab/e2e.sh $(E2E)
 
-bench-lab: build ## Measure sealpod-vmm, QEMU and pods on a real KVM: target/bench/vmm.json
+bench-lab: build ## Measure sealpod-vmm, QEMU and pods on a real KVM: target/bench/{vmm,speed}.json
 	@$(SETUP) clients
 	@initramfs/pack.sh --floor
 	@cargo build -q --profile test -p sealpod-tests --bin bench_vmm --bin bench_pods
-	@tests/lab/run.sh -t 1800 -o target/bench tests/lab/bench.sh $(CURDIR)/target/bench $(CURDIR)/target/debug $(OTHER)
+	@SEALPOD_BENCH_GUEST=$$(cargo test -q --release --no-run --message-format=json -p sealpod-vmm --test guest | \
+		sed -n 's/.*"executable":"\([^"]*\/deps\/guest-[^"]*\)".*/\1/p') SEALPOD_LAB_ENV=SEALPOD_BENCH_GUEST \
+		tests/lab/run.sh -t 1800 -o target/bench tests/lab/bench.sh $(CURDIR)/target/bench $(CURDIR)/target/debug $(OTHER)
 
 shell: build ## A shell with a private containerd whose default runtime is sealpod
 	@$(SETUP) clients

@@ -9,6 +9,7 @@ pub mod attest;
 pub mod boot;
 pub mod cgroup;
 pub mod container;
+pub mod init;
 pub mod io;
 pub mod launch;
 pub mod log;

@@ -16,7 +16,7 @@ use futures::stream;
 use nix::sys::sysinfo::sysinfo;
 use nix::time::{ClockId, clock_gettime};
 use sealpod_protocol::agent::HelloResponse;
-use sealpod_protocol::agent_ttrpc::create_agent;
+use sealpod_protocol::agent_ttrpc::{Agent, create_agent};
 use sealpod_protocol::{AGENT_PORT, PROTOCOL_VERSION, STREAM_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::sync::Semaphore;
@@ -92,11 +92,14 @@ fn available(meminfo: &str) -> u64 {
     kib.unwrap_or_default() * 1024
 }
 
+/// What answers the shim: the agent's service, or what a test has put around it.
+pub type Serving = fn(Service) -> Arc<dyn Agent + Send + Sync>;
+
 /// Serves the shim over vsock until it is gone.
 ///
 /// # Errors
 /// When the shim cannot be reached, or the connection of a guest that is a pod's ends.
-pub async fn over_vsock(mut began_ns: u64) -> io::Result<()> {
+pub async fn over_vsock(mut began_ns: u64, serving: Serving) -> io::Result<()> {
     let streams = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))?;
     let mut next_stream = async || {
         loop {
@@ -111,7 +114,7 @@ pub async fn over_vsock(mut began_ns: u64) -> io::Result<()> {
             }
         }
     };
-    let mut run = Run::new()?;
+    let mut run = Run::new(serving)?;
     loop {
         let shim = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT)).await?;
         run.service.ready(Timeline {
@@ -139,7 +142,7 @@ pub async fn serve<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
-    let mut run = Run::new()?;
+    let mut run = Run::new(|service| Arc::new(service))?;
     run.service.ready(timeline);
     let lost = std::future::pending();
     let served = run.serve(shim, lost, &mut next_stream).await;
@@ -180,16 +183,20 @@ impl From<Ended> for io::Error {
 /// What outlives a connection to a shim.
 struct Run {
     service: Service,
+    /// What answers the shim.
+    served: Arc<dyn Agent + Send + Sync>,
     reaping: tokio::task::JoinHandle<io::Result<()>>,
     places: Arc<Semaphore>,
 }
 
 impl Run {
-    fn new() -> io::Result<Self> {
+    fn new(serving: Serving) -> io::Result<Self> {
         let reaper = Reaper::default();
         let gate = Gate::closed().map_err(|e| io::Error::other(format!("Guest gate: {e}")))?;
+        let service = Service::new(reaper.clone(), gate);
         Ok(Self {
-            service: Service::new(reaper.clone(), gate),
+            served: serving(service.clone()),
+            service,
             reaping: tokio::spawn(reaper.run()),
             places: Arc::new(Semaphore::new(STREAMS_MAX)),
         })
@@ -206,7 +213,7 @@ impl Run {
     {
         let (shim, ended) = Watched::new(shim);
         let mut server = Server::new()
-            .register_service(create_agent(Arc::new(self.service.clone())))
+            .register_service(create_agent(self.served.clone()))
             .add_listener(Listener::new(stream::iter([Ok(shim)])));
         server.start().await.map_err(io::Error::other)?;
         let streams = async {

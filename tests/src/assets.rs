@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// Runtime that the tests ask containerd for; `SEALPOD_TEST_RUNTIME` names another one (runc's, to
 /// check the tests themselves).
@@ -74,6 +74,16 @@ pub fn initramfs() -> PathBuf {
     .map(|name| guest.join(name))
     .find(|path| path.exists())
     .unwrap_or_else(|| guest.join("initramfs.cpio"))
+}
+
+/// A guest's root with an agent that breaks the rules of attestation.
+///
+/// # Errors
+/// It is not there; names the command that makes it.
+pub fn hostile_initramfs() -> Result<PathBuf> {
+    let file = target().join("guest/hostile.cpio");
+    (file.canonicalize())
+        .with_context(|| format!("{} is not there: run make hostile-guest", file.display()))
 }
 
 /// virtiofsd, as `shim/get-virtiofsd.sh` built it.

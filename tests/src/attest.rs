@@ -31,6 +31,8 @@ pub struct Node {
     pub more: String,
     /// Whether the simulator's anchors are named.
     pub anchors: bool,
+    /// Another guest than pods have.
+    pub initramfs: Option<PathBuf>,
 }
 
 impl Default for Node {
@@ -42,6 +44,7 @@ impl Default for Node {
             on_loss: "kill".into(),
             more: String::new(),
             anchors: true,
+            initramfs: None,
         }
     }
 }
@@ -84,6 +87,7 @@ impl Env {
             on_loss,
             more,
             anchors,
+            initramfs,
         } = node;
         let (ca, state) = (self.path("ca"), self.path("state-attest"));
         let anchors = match anchors {
@@ -100,10 +104,13 @@ impl Env {
              [attestation.policies.default]\nreference_values = \"{refs}\"\non_loss = \"{on_loss}\"\n\
              [attestation.devices.\"{DEVICE}\"]\nkind = \"stand-in\"\npath = \"{content}\"\n"
         );
-        let settings = Settings {
+        let mut settings = Settings {
             more: attestation,
             ..Settings::default()
         };
+        if let Some(initramfs) = initramfs {
+            settings.initramfs.clone_from(initramfs);
+        }
         let file = self.folder().join("sealpod.toml");
         fs::write(file, settings.text()).context("sealpod.toml")
     }

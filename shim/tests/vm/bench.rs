@@ -14,10 +14,14 @@ use sealpod_shim::vm::{
 /// How long a guest may take to say something, on a busy machine without KVM.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `look` finds devices that came later where nothing tells of them (virtio-mmio), as the agent does.
+/// What the agent does where nothing tells of devices (virtio-mmio): `look` finds those that came later,
+/// `let_go` of a disk that the host will take.
 const LOOK: &str = "look() { for d in /sys/bus/platform/devices/virtio-mmio.*; do
     [ -e $d/driver ] || echo ${d##*/} > /sys/bus/platform/drivers/virtio-mmio/bind
-    done 2>/dev/null; }";
+    done 2>/dev/null; }
+    let_go() { for d in /sys/bus/platform/devices/virtio-mmio.*; do
+    ! ls -d $d/virtio*/block/$1 || echo ${d##*/} > /sys/bus/platform/drivers/virtio-mmio/unbind
+    done >/dev/null 2>&1; }";
 
 pub(crate) struct Bench {
     base: tempfile::TempDir,

@@ -148,7 +148,7 @@ async fn disks_come_and_go_while_the_guest_runs() {
     let script = "echo up
         until [ -e /dev/vda ]; do look; sleep 0.05; done
         cat /sys/block/vda/serial; echo; dd if=/dev/vda bs=5 count=1 2>/dev/null; echo
-        echo there > /dev/vda; sync; echo written
+        echo there > /dev/vda; sync; echo written; let_go vda
         while [ -e /dev/vda ]; do sleep 0.05; done; echo gone
         until [ -e /dev/vda ]; do look; sleep 0.05; done
         blockdev --getro /dev/vda; echo end > /dev/vda || echo refused; reboot -f";
@@ -177,6 +177,10 @@ async fn disks_come_and_go_while_the_guest_runs() {
     let full = vm.add_disk(other).await.unwrap_err();
     assert!(matches!(full, VmError::NoPort { ports: 1 }), "{full}");
     bench::line(&vm, "written").await;
+    if bench::builtin().is_some() {
+        // It cannot ask the guest for it.
+        bench::line(&vm, "gone").await;
+    }
     let start = Instant::now();
     vm.remove_disk(&volume.serial).await.unwrap();
     bench::line(&vm, "gone").await;

@@ -12,12 +12,12 @@ use sealpod_tests::{
 
 const POLICY: [&str; 2] = ["--annotation", "io.sealpod.attestation.policy=default"];
 
-fn device() -> String {
+pub(crate) fn device() -> String {
     format!("io.sealpod.attestation.devices={DEVICE}")
 }
 
 /// What a container prints that asks for the stand-in, and how it ends.
-fn read_device(env: &Env, id: &str, more: &[&str]) -> sealpod_tests::env::Done {
+pub(crate) fn read_device(env: &Env, id: &str, more: &[&str]) -> sealpod_tests::env::Done {
     let device = device();
     let mut options = vec!["--annotation", &device];
     options.extend(more);

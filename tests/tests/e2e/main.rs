@@ -19,6 +19,7 @@ mod docker;
 mod failure;
 mod failure_agent;
 mod files;
+mod hostile_agent;
 mod io;
 mod lifecycle;
 mod many;

@@ -142,7 +142,7 @@ impl Ring {
 
     /// Hands chains to `handle`, which returns how many bytes it wrote, until there are none or it
     /// has been long enough. Returns whether there may be more.
-    fn serve(
+    pub(super) fn serve(
         &mut self,
         memory: &GuestMemoryMmap,
         mut handle: impl FnMut(Chain<'_>) -> u32,

@@ -176,10 +176,14 @@ impl Net {
 
     /// Frames of the guest.
     fn transmit(&mut self, index: usize) {
-        let (Some(rings), Some(pair)) = (&mut self.rings, self.pairs.get(index)) else {
+        let (Some(rings), Some(pair)) = (&mut self.rings, self.pairs.get_mut(index)) else {
             return;
         };
-        rings.serve(2 * index + 1, |chain| {
+        let memory = rings.memory.memory();
+        let Some(ring) = rings.ring(2 * index + 1) else {
+            return;
+        };
+        let sent = ring.serve(&memory, |chain| {
             // One that the kernel does not take, because its header is wrong or the queue full, is
             // lost like any frame.
             if let Err(e) = pair.tap.write(&chain.readable) {
@@ -187,6 +191,12 @@ impl Net {
             }
             0
         });
+        // The host's answers are there already: one interrupt tells of both.
+        pair.readable = true;
+        self.receive(index);
+        if let Some(rings) = &mut self.rings {
+            rings.finish(2 * index + 1, sent);
+        }
     }
 
     /// Wishes of the driver.
