@@ -9,6 +9,9 @@
 #   -a           every test
 #   -v VERSION   containerd: 1.6, 1.7 (the default), 2.1, or sandbox (2.1, sandboxes by the shim)
 #
+# An emulated processor with SVM is not perfect: where the lab's own kernel dies (docs/lab.md), it is booted again and
+# the suite goes on with the test at which that happened; so it does where the lab hangs. A test at which it dies twice has failed.
+#
 # SEALPOD_TEST_PROFILE=debug takes the development build;
 # SEALPOD_LAB_MINUTES (60) ends the lab.
 set -euo pipefail
@@ -30,25 +33,22 @@ chosen=(
 # Everything in the lab takes some 8 times as long.
 patience=6
 # Of one test, seconds.
-limit=600
+limit=300
+# Boots of the lab.
+boots_max=9
 
 inside() {
-    local results=$SEALPOD_LAB_RESULTS passed=0 failed=() name begin status
+    local results=$SEALPOD_LAB_RESULTS name begin status
     cd tests
     while read -r name; do
         begin=$SECONDS
         status=0
         timeout -k 5 $limit "$SEALPOD_LAB_E2E" --exact "$name" --nocapture \
             >"$results/${name//::/-}.log" 2>&1 </dev/null || status=$?
-        case $status in
-        0) passed=$((passed + 1)) ;;
-        *) failed+=("$name") ;;
-        esac
+        echo "$name $status" >>"$results/done"
         printf '%s %4d s  %s\n' "$([ $status = 0 ] && echo ok || echo "FAILED ($status)")" \
             $((SECONDS - begin)) "$name"
     done <"$results/tests"
-    printf '%d passed, %d failed\n' $passed ${#failed[@]}
-    [ ${#failed[@]} = 0 ]
 }
 
 if [ -n "${SEALPOD_LAB_E2E:-}" ]; then
@@ -92,4 +92,35 @@ export SEALPOD_LAB_E2E SEALPOD_TEST_PROFILE=$profile SEALPOD_TEST_REQUIRE=1
 export SEALPOD_TEST_ACCELERATOR=kvm SEALPOD_TEST_PATIENCE=${SEALPOD_TEST_PATIENCE:-$patience}
 export SEALPOD_LAB_ENV="SEALPOD_LAB_E2E SEALPOD_TEST_PROFILE SEALPOD_TEST_REQUIRE SEALPOD_TEST_ACCELERATOR
     SEALPOD_TEST_PATIENCE SEALPOD_SOAK CARGO_TARGET_DIR"
-exec tests/lab/run.sh -t $((60 * ${SEALPOD_LAB_MINUTES:-60})) -o "$results" "$PWD/tests/lab/e2e.sh"
+all=$(wc -l <"$results/tests") died=
+: >"$results/done"
+deadline=$((SECONDS + 60 * ${SEALPOD_LAB_MINUTES:-60}))
+for ((boot = 1; boot <= boots_max && SECONDS < deadline; boot++)); do
+    touch "$results/done"
+    tests/lab/run.sh -t $((deadline - SECONDS)) -o "$results" "$PWD/tests/lab/e2e.sh" &
+    lab=$!
+    # A test that is over its time ends by itself, unless the lab hangs.
+    while kill -0 $lab 2>/dev/null; do
+        sleep 5
+        quiet=$(($(date +%s) - $(stat -c %Y "$results/done")))
+        [ $quiet -lt $((limit + 60)) ] || { pkill -P $lab || true; }
+    done
+    status=0
+    wait $lab || status=$?
+    # Its own status, and "no status came back".
+    [ $status = 125 ] || break
+    mv "$results/console.log" "$results/console-$boot.log"
+    cut -d ' ' -f 1 "$results/done" | grep -vxF -f - "$results/tests" >"$results/left" || break
+    first=$(head -n 1 "$results/left")
+    echo "e2e: the lab died at $first, see console-$boot.log" >&2
+    if [ "$first" = "$died" ]; then
+        echo "$first lab" >>"$results/done"
+        sed -i 1d "$results/left"
+    fi
+    died=$first
+    mv "$results/left" "$results/tests"
+done
+passed=$(grep -c ' 0$' "$results/done" || true)
+failed=$(($(wc -l <"$results/done") - passed))
+echo "$passed passed, $failed failed, $((all - passed - failed)) not run; boots of the lab: $boot"
+[ "$passed" = "$all" ]

@@ -104,7 +104,7 @@ timeout --foreground -k 5 "$patience" qemu-system-x86_64 -M q35,memory-backend=m
     -object "memory-backend-memfd,id=memory,size=${memory}M,share=on" \
     -nodefaults -no-user-config -display none -no-reboot \
     -kernel "$lab_kernel" -initrd "$lab_initrd" \
-    -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check lab.results=$results lab.modules=${lab_modules%/lib/modules/*} ${SEALPOD_LAB_APPEND:-}" \
+    -append "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check lab.results=$results lab.modules=${lab_modules%/lib/modules/*} ${SEALPOD_LAB_APPEND:-}" \
     -chardev "socket,id=machine,path=$work/machine" \
     -device vhost-user-fs-pci,chardev=machine,tag=machine,queue-size=1024 \
     -chardev "socket,id=results,path=$work/results" \

@@ -1,6 +1,8 @@
 //! A small client of the Container Runtime Interface, blocking, as a kubelet would use it. Only turns
 //! calls into gRPC; what is asserted lies in the tests.
 
+mod streams;
+
 use std::{collections::HashMap, time::Duration};
 
 use anyhow::{Context, Result};
@@ -406,54 +408,5 @@ impl Cri {
         text.lines()
             .map(|line| (field(line, 1), field(line, 3)))
             .collect()
-    }
-
-    /// URL of a streaming exec.
-    ///
-    /// # Errors
-    /// The server's.
-    pub fn exec_url(
-        &self,
-        id: &str,
-        command: &[&str],
-        tty: bool,
-        stdin: bool,
-    ) -> Result<String, Status> {
-        let request = api::ExecRequest {
-            container_id: id.into(),
-            cmd: command.iter().map(|&w| w.into()).collect(),
-            tty,
-            stdin,
-            stdout: true,
-            stderr: !tty,
-        };
-        Ok(self.call(async |c| c.exec(request).await)?.url)
-    }
-
-    /// URL of an attach.
-    ///
-    /// # Errors
-    /// The server's.
-    pub fn attach_url(&self, id: &str, stdin: bool) -> Result<String, Status> {
-        let request = api::AttachRequest {
-            container_id: id.into(),
-            stdin,
-            tty: false,
-            stdout: true,
-            stderr: true,
-        };
-        Ok(self.call(async |c| c.attach(request).await)?.url)
-    }
-
-    /// URL of a port-forward to one port.
-    ///
-    /// # Errors
-    /// The server's.
-    pub fn port_forward_url(&self, pod: &Pod, port: i32) -> Result<String, Status> {
-        let request = api::PortForwardRequest {
-            pod_sandbox_id: pod.id.clone(),
-            port: vec![port],
-        };
-        Ok(self.call(async |c| c.port_forward(request).await)?.url)
     }
 }

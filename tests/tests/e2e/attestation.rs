@@ -273,10 +273,20 @@ fn a_device_is_released_to_a_simulated_td_and_only_to_the_one_that_is_expected()
     assert!(done.text().contains("check rtmr2"), "{}", done.text());
     let debug = Node {
         defect: "debug".into(),
-        ..td
+        ..td.clone()
     };
     env.reconfigure(&debug).unwrap();
     let done = read_device(&env, "debug", &[]);
     assert!(done.text().contains("td-debug"), "{}", done.text());
+    // The evidence is good, what it is judged by is out of date.
+    env.reconfigure(&td).unwrap();
+    let at = |name: &str| env.folder().join(name).to_string_lossy().into_owned();
+    let (ca, out) = (at("ca"), at("minted"));
+    let minted = ["simulate", "tdx", "--ca", &ca, "--output", &out];
+    let expired = [&minted[..], &["--defect", "expired-collateral"]].concat();
+    let _ = env.run("sealpod-attest", &expired).ok();
+    let done = read_device(&env, "expired", &[]);
+    assert!(done.text().contains("check tcb-info"), "{}", done.text());
+    assert!(!done.stdout.contains(CONTENT));
     env.assert_clean();
 }
