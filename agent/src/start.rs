@@ -116,7 +116,7 @@ pub async fn over_vsock(mut began_ns: u64, serving: Serving) -> io::Result<()> {
     };
     let mut run = Run::new(serving)?;
     loop {
-        let shim = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT)).await?;
+        let shim = dial().await?;
         run.service.ready(Timeline {
             began_ns,
             ready_ns: boot_time_ns(),
@@ -127,6 +127,17 @@ pub async fn over_vsock(mut began_ns: u64, serving: Serving) -> io::Result<()> {
             return ended.map_err(Into::into);
         }
         began_ns = boot_time_ns();
+    }
+}
+
+/// Connects to the shim. The kernel waits 2 s for an answer, which a busy host may not give in time; how long a
+/// guest may take is the shim's to say.
+async fn dial() -> io::Result<VsockStream> {
+    loop {
+        match VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT)).await {
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => log!("dial the shim again: {e}"),
+            other => return other,
+        }
     }
 }
 

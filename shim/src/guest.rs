@@ -28,6 +28,8 @@ const CALL: Duration = Duration::from_secs(30);
 const CREATE: Duration = Duration::from_secs(120);
 /// Opening one stream.
 const STREAM: Duration = Duration::from_secs(10);
+/// Connections of an agent that has not answered yet.
+const DIALS_MAX: u32 = 16;
 /// Longest line that the agent or the engine answers on a new stream.
 const LINE_MAX: usize = 512;
 
@@ -88,7 +90,8 @@ impl Dialled {
         })
     }
 
-    /// Waits for the agent to dial and answer; `ended` is how its VM ends.
+    /// Waits for the agent to dial and answer; `ended` is how its VM ends. A connection that is gone before it
+    /// answers is one that the agent has given up: it dials again.
     ///
     /// # Errors
     /// [`GuestError`]: it does not within `limit`, ended before, or cannot be talked to.
@@ -97,8 +100,22 @@ impl Dialled {
         ended: impl Future<Output = String>,
         limit: Duration,
     ) -> std::result::Result<(Guest, HelloResponse), GuestError> {
+        let answered = async {
+            let mut left = DIALS_MAX;
+            loop {
+                let accepted = Guest::accept(&self.listener, &self.vsock).await;
+                let Err(GuestError::Hello(e)) = &accepted else {
+                    return accepted;
+                };
+                left -= 1;
+                if left == 0 || matches!(e, ttrpc::Error::RpcStatus(_)) {
+                    return accepted;
+                }
+                tracing::info!("The agent's connection was gone before it answered: {e}");
+            }
+        };
         tokio::select! {
-            answered = Guest::accept(&self.listener, &self.vsock) => answered,
+            answered = answered => answered,
             exit = ended => Err(GuestError::Ended(exit)),
             () = tokio::time::sleep(limit) => Err(GuestError::Silent(limit.as_secs())),
         }
@@ -332,20 +349,47 @@ mod tests {
         }
     }
 
+    /// Dials as an agent of this version does.
+    async fn dial(dialled: &Dialled, version: u32) -> ttrpc::r#async::Server {
+        let agent = UnixStream::connect(&dialled.path).await.expect("dial");
+        let service =
+            sealpod_protocol::agent_ttrpc::create_agent(std::sync::Arc::new(Other(version)));
+        let listener = futures_util::stream::iter([Ok(agent)]);
+        let mut server = ttrpc::r#async::Server::new()
+            .register_service(service)
+            .add_listener(ttrpc::r#async::transport::Listener::new(listener));
+        server.start().await.expect("serve");
+        server
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_gave_up_its_connection_is_heard_when_it_dials_again() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let dialled = Dialled::bind(dir.path().join("v")).expect("bind");
+        for _ in 0..3 {
+            drop(UnixStream::connect(&dialled.path).await.expect("dial"));
+        }
+        let _server = dial(&dialled, PROTOCOL_VERSION).await;
+        let answered = dialled.answered(std::future::pending(), CALL).await;
+        assert_eq!(
+            answered.expect("answer").1.protocol_version,
+            PROTOCOL_VERSION
+        );
+        // But not without end.
+        let dialled = Dialled::bind(dir.path().join("w")).expect("bind");
+        for _ in 0..DIALS_MAX {
+            drop(UnixStream::connect(&dialled.path).await.expect("dial"));
+        }
+        let e = dialled.answered(std::future::pending(), CALL).await;
+        assert!(matches!(e, Err(GuestError::Hello(_))));
+    }
+
     #[tokio::test]
     async fn an_agent_of_another_protocol_version_is_refused_with_both_versions() {
         for theirs in [0, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1] {
             let dir = tempfile::tempdir().expect("tempdir");
             let dialled = Dialled::bind(dir.path().join("v")).expect("bind");
-            let agent = UnixStream::connect(&dialled.path).await.expect("dial");
-            let mut server = ttrpc::r#async::Server::new()
-                .register_service(sealpod_protocol::agent_ttrpc::create_agent(
-                    std::sync::Arc::new(Other(theirs)),
-                ))
-                .add_listener(ttrpc::r#async::transport::Listener::new(
-                    futures_util::stream::iter([Ok(agent)]),
-                ));
-            server.start().await.expect("serve");
+            let _server = dial(&dialled, theirs).await;
             let e = dialled
                 .answered(std::future::pending(), CALL)
                 .await
