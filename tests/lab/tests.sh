@@ -8,7 +8,7 @@ if [ "${SEALPOD_LAB:-}" != inside ] && [ -z "${SEALPOD_LAB_TESTS:-}" ]; then
     cargo build -q -p sealpod-vmm
     # Paths of the test programs, as cargo tells them.
     SEALPOD_LAB_TESTS=$(cargo test -q --no-run --message-format=json -p sealpod-shim --test vm |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | sort -u | tr '\n' ' ')
+        sed -n 's/.*"executable":"\([^"]*\/deps\/[^"]*\)".*/\1/p' | sort -u | tr '\n' ' ')
     SEALPOD_TEST_VMM=${CARGO_TARGET_DIR:-$PWD/target}/debug/sealpod-vmm
     export SEALPOD_LAB_TESTS SEALPOD_TEST_VMM
     export SEALPOD_LAB_ENV="SEALPOD_LAB_TESTS SEALPOD_TEST_VMM"

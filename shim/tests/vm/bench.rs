@@ -12,7 +12,7 @@ use sealpod_shim::vm::{
 };
 
 /// How long a guest may take to say something, on a busy machine without KVM.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the agent does where nothing tells of devices (virtio-mmio): `look` finds those that came later,
 /// `let_go` of a disk that the host will take.
