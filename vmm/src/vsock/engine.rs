@@ -46,10 +46,8 @@ pub struct Engine {
     /// Connections with something to say, each once, in turn.
     ready: VecDeque<Id>,
     resets: VecDeque<Header>,
-    /// The guest has taken part in a connection of this engine. What it sends before that, of others, is
-    /// what was on its way when it was written down, and is not answered: such a guest learns by its
-    /// device's event that those are gone. An answer could wake its programs first, and the event would
-    /// then take the connections that they have made anew.
+    /// The guest has taken part in a connection of this engine. What it sends before that is of another
+    /// engine's time and not answered: `docs/vsock.md` has the reason.
     known: bool,
     faults: u32,
 }
