@@ -50,6 +50,7 @@ pub(crate) fn tcp(to: SocketAddr, from: IpAddr) -> TcpStream {
     bind(&fd, &SocketAddr::new(from, 0)).expect("bind");
     connect(&fd, &to).expect("connect");
     let stream = TcpStream::from(fd);
+    stream.set_nodelay(true).expect("no delay");
     stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
     stream.set_write_timeout(Some(PATIENCE)).expect("timeout");
     stream

@@ -264,6 +264,30 @@ impl Server {
         kib.expect("a figure")
     }
 
+    /// What `sealpod-attest audit verify` says about its log.
+    pub(crate) fn audit_verify(&self) -> Result<(), String> {
+        let state = self.dir.path().join("state");
+        let output = Command::new(env!("CARGO_BIN_EXE_sealpod-attest"))
+            .args(["audit", "verify", "--key"])
+            .args([state.join("verifier.jwk"), state.join("audit.log")])
+            .output()
+            .expect("audit verify");
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
+    }
+
+    /// CPU time of its process so far, in ticks of 10 ms.
+    pub(crate) fn cpu_ms(&self) -> f64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("stat");
+        // proc_pid_stat(5): after the name in brackets come the fields 3 and on; utime is 14, stime 15.
+        let fields = text.rsplit(") ").next().unwrap_or_default().split(' ');
+        let ticks = fields.skip(11).take(2);
+        let ticks = ticks.map(|t| t.parse::<u64>().expect("ticks")).sum::<u64>();
+        ticks as f64 * 10.0
+    }
+
     /// Waits for a line of the server's log.
     pub(crate) fn wait_for_log(&self, part: &str) {
         let end = Instant::now() + Duration::from_secs(20);

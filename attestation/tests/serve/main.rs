@@ -5,8 +5,10 @@
     reason = "a test fails by panicking, its helpers too"
 )]
 
+mod bad;
 mod broker;
 mod client;
+mod drive;
 mod hostile;
 mod lab;
 mod lifecycle;

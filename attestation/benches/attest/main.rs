@@ -1,11 +1,24 @@
-//! What one verification costs in CPU time, by family, and whether the goals are met. Writes
-//! `target/bench/attest.json`. Evidence is the simulator's; where the folder of real evidence is there,
-//! it is measured as well, and the goals are judged by it. `SEALPOD_BENCH_ROUNDS` sets the rounds.
+//! What one verification costs in CPU time, by family, and whether the goals are met; then the service
+//! under load. Writes `target/bench/attest.json`, and fails when the service broke a promise. Evidence
+//! is the simulator's; where the folder of real evidence is there, it is measured as well, and the goals
+//! are judged by it. `SEALPOD_BENCH_ROUNDS` sets the rounds.
 
 #![expect(
     clippy::unwrap_used,
     reason = "a measurement that cannot be made ends here"
 )]
+
+#[path = "../../tests/serve/bad.rs"]
+mod bad;
+#[path = "../../tests/serve/client.rs"]
+#[expect(dead_code, reason = "the tests use the rest")]
+mod client;
+#[path = "../../tests/serve/drive.rs"]
+mod drive;
+#[path = "../../tests/serve/lab.rs"]
+#[expect(dead_code, reason = "the tests use the rest")]
+mod lab;
+mod serve;
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -36,9 +49,14 @@ fn cpu() -> f64 {
     t.tv_sec as f64 * 1e3 + t.tv_nsec as f64 / 1e6
 }
 
-fn rounds() -> usize {
+/// As the user set them.
+fn set_rounds() -> usize {
     let set = std::env::var("SEALPOD_BENCH_ROUNDS").ok();
-    set.and_then(|r| r.parse().ok()).unwrap_or(20) * 25
+    set.and_then(|r| r.parse().ok()).unwrap_or(20)
+}
+
+fn rounds() -> usize {
+    set_rounds() * 25
 }
 
 /// Runs something so many times, once more to warm up.
@@ -258,7 +276,9 @@ fn main() {
             json!({ "family": family, "goal_cpu_ms": goal, "p50_cpu_ms": p50, "met": met })
         })
         .collect();
+    let (serve, kept) = serve::measure(set_rounds());
     let result = json!({
+        "serve": serve,
         "figures": figures.into_iter().collect::<Map<_, _>>(), "goals": goals,
         "build": if cfg!(debug_assertions) { "debug" } else { "release" },
     });
@@ -267,4 +287,8 @@ fn main() {
     std::fs::create_dir_all(file.with_file_name("")).unwrap();
     std::fs::write(&file, serde_json::to_string_pretty(&result).unwrap() + "\n").unwrap();
     println!("written to {}", file.display());
+    if let Err(broken) = kept {
+        eprintln!("the service broke a promise: {broken}");
+        std::process::exit(1);
+    }
 }
