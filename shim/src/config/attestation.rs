@@ -86,7 +86,7 @@ pub enum Device {
     /// What a specification of the Container Device Interface names: in the VM from its start, and withheld
     /// there until the pod is affirmed.
     Cdi {
-        /// The specification, JSON. Absolute.
+        /// The specification, JSON or YAML. Absolute.
         spec: PathBuf,
     },
 }

@@ -1,18 +1,20 @@
 //! Specifications of the Container Device Interface (github.com/cncf-tags/container-device-interface, SPEC.md),
-//! as JSON: which host node a device is made of, and what the container gets with it. A specification is
+//! as JSON or YAML: which host node a device is made of, and what the container gets with it. A specification is
 //! written for containers of the host's kernel; in a VM there is a device only if it can be passed in, so that
 //! everything else that one can ask for is refused by name instead of left out.
 
+mod form;
+#[cfg(test)]
+mod tests;
+
 use std::{
-    fs::File,
-    io::{self, Read},
+    error::Error,
+    io,
     path::{Component, Path, PathBuf},
 };
 
 use serde::Deserialize;
 
-/// Largest file, bytes.
-const SIZE_MAX: u64 = 1 << 20;
 /// Most variables that a device sets.
 const ENV_MAX: usize = 64;
 
@@ -28,12 +30,14 @@ pub enum CdiError {
         source: io::Error,
     },
     /// Its form.
-    #[error("{path} is no CDI specification in JSON")]
-    Json {
+    #[error("{path} is no CDI specification in {form}")]
+    Form {
         /// Which.
         path: PathBuf,
-        /// Where it is not.
-        source: serde_json::Error,
+        /// JSON or YAML.
+        form: &'static str,
+        /// Where it is not, and what may be there.
+        source: Box<dyn Error + Send + Sync>,
     },
     /// Its content.
     #[error("{path}: {reason}")]
@@ -116,21 +120,7 @@ pub(super) struct CdiDevice {
 
 /// The device with this CDI name in the specification at `file`.
 pub(super) fn read(file: &Path, name: &str) -> Result<CdiDevice, CdiError> {
-    let failed = |source| CdiError::Read {
-        path: file.into(),
-        source,
-    };
-    let mut text = Vec::new();
-    let read = File::open(file).and_then(|f| f.take(SIZE_MAX + 1).read_to_end(&mut text));
-    if read.map_err(failed)? as u64 > SIZE_MAX {
-        let long = format!("larger than {SIZE_MAX} bytes");
-        return Err(failed(io::Error::other(long)));
-    }
-    let specification = serde_json::from_slice(&text).map_err(|source| CdiError::Json {
-        path: file.into(),
-        source,
-    })?;
-    device(specification, name).map_err(|reason| CdiError::Content {
+    device(form::read(file)?, name).map_err(|reason| CdiError::Content {
         path: file.into(),
         reason,
     })
@@ -205,86 +195,5 @@ impl Edits {
             }
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn of(text: &str, name: &str) -> Result<CdiDevice, String> {
-        let dir = tempfile::tempdir().expect("folder");
-        let file = dir.path().join("cdi.json");
-        std::fs::write(&file, text).expect("file");
-        read(&file, name).map_err(|e| crate::error::chain(&e))
-    }
-
-    fn with(edits: &str) -> String {
-        format!(
-            r#"{{"cdiVersion":"0.6.0","kind":"nvidia.com/pgpu","devices":[
-            {{"name":"0","containerEdits":{{"deviceNodes":[{{"path":"/dev/vfio/75"}}]}}}}],
-            "containerEdits":{{"deviceNodes":[{{"path":"/dev/vfio/vfio"}}],{edits}}}}}"#
-        )
-    }
-
-    #[test]
-    fn a_device_is_one_node_with_the_variables_of_both_levels() {
-        let text = with(r#""env":["NVIDIA_VISIBLE_DEVICES=void"]"#);
-        assert_eq!(
-            of(&text, "nvidia.com/pgpu=0"),
-            Ok(CdiDevice {
-                host: "/dev/vfio/75".into(),
-                path: "/dev/vfio/75".into(),
-                env: vec!["NVIDIA_VISIBLE_DEVICES=void".into()],
-            })
-        );
-        let renamed = text.replace(
-            r#"{"path":"/dev/vfio/75"}"#,
-            r#"{"path":"/dev/gpu","hostPath":"/dev/vfio/75","type":"c","major":1,"permissions":"rw"}"#,
-        );
-        let found = of(&renamed, "nvidia.com/pgpu=0").expect("device");
-        assert_eq!(
-            (found.host, found.path),
-            ("/dev/vfio/75".into(), "/dev/gpu".into())
-        );
-    }
-
-    #[test]
-    fn what_a_vm_cannot_be_given_is_refused_by_name() {
-        let name = "nvidia.com/pgpu=0";
-        for (edits, said) in [
-            (
-                r#""hooks":[{"hookName":"createContainer","path":"/x"}]"#,
-                "hooks",
-            ),
-            (
-                r#""mounts":[{"hostPath":"/a","containerPath":"/b"}]"#,
-                "mounts",
-            ),
-            (r#""additionalGids":[1]"#, "additionalGids"),
-            (r#""env":["novalue"]"#, "NAME=value"),
-            (r#""somethingNew":[]"#, "somethingNew"),
-        ] {
-            let e = of(&with(edits), name).expect_err(edits);
-            assert!(e.contains(said), "{edits}: {e}");
-        }
-        let good = with(r#""env":[]"#);
-        for (from, to, said) in [
-            ("nvidia.com/pgpu", "other.com/gpu", "is about"),
-            (r#""name":"0""#, r#""name":"1""#, "exactly one device"),
-            ("0.6.0", "2.0.0", "not known"),
-            ("/dev/vfio/75", "/dev/../etc", "no absolute path"),
-            (r#"{"path":"/dev/vfio/75"}"#, "", "0 nodes"),
-            (
-                r#"{"path":"/dev/vfio/75"}"#,
-                r#"{"path":"/dev/a"},{"path":"/dev/b"}"#,
-                "2 nodes",
-            ),
-            ("{", "", "no CDI specification"),
-        ] {
-            let e = of(&good.replacen(from, to, 1), name).expect_err(to);
-            assert!(e.contains(said), "{to}: {e}");
-        }
-        assert!(read(Path::new("/does/not/exist"), name).is_err());
     }
 }
