@@ -4,6 +4,7 @@
 pub mod confine;
 pub mod control;
 pub mod machine;
+mod memfd;
 pub mod mmio;
 pub mod snapshot;
 pub mod virtio;

@@ -16,7 +16,7 @@ use super::{Failure, lock};
 use crate::confine::May;
 use crate::machine::{self, Boot, Config, Machine, Restore};
 use crate::snapshot::Files;
-use crate::virtio::{Balloon, Block, Device, Net, NetConfig, Remote};
+use crate::virtio::{Balloon, Block, Device, Net, NetConfig, Remote, Window};
 
 /// See the file's head.
 pub(super) struct Running {
@@ -24,6 +24,8 @@ pub(super) struct Running {
     balloon: Arc<Mutex<Balloon>>,
     /// Slot of each device that the shim has added, by its name: a disk's serial, a NIC's address.
     added: HashMap<String, usize>,
+    /// For a share of a guest whose memory cannot be shared.
+    window: Option<Window>,
 }
 
 /// Devices that a machine begins with.
@@ -36,10 +38,12 @@ impl Running {
         inherited: &Inherited,
         events: &Arc<Events>,
     ) -> Result<Self, Failure> {
-        let (balloon, mut devices) = first_devices(request.vsock_fd, inherited, events)?;
+        let (balloon, mut devices) = first_devices(request.vsock_fd, None, inherited, events)?;
         if request.share_fd != 0 {
             let daemon = UnixStream::from(inherited.number(request.share_fd)?);
-            devices.push(Arc::new(Mutex::new(Remote::folder(daemon, SHARE_TAG)?)));
+            devices.push(Arc::new(Mutex::new(Remote::folder(
+                daemon, SHARE_TAG, None,
+            )?)));
         }
         for nic in &request.nics {
             let tap = inherited.number(nic.fd)?;
@@ -66,7 +70,7 @@ impl Running {
             confined: Some(may),
         };
         let machine = Machine::new(config, tell(events))?;
-        Ok(Self::new(machine, balloon))
+        Ok(Self::new(machine, balloon, None))
     }
 
     /// Has one go on.
@@ -75,26 +79,29 @@ impl Running {
         inherited: &Inherited,
         events: &Arc<Events>,
     ) -> Result<Self, Failure> {
-        let (balloon, devices) = first_devices(request.vsock_fd, inherited, events)?;
+        let window = Some(Window::new()?);
+        let (balloon, devices) = first_devices(request.vsock_fd, window, inherited, events)?;
         let restore = Restore {
             snapshot: Files {
                 state: inherited.number(request.state_fd)?.into(),
                 memory: inherited.number(request.memory_fd)?.into(),
             },
-            shared_memory: request.vsock_fd != 0,
             console: console(request.console_fd, inherited)?,
             devices,
             confined: Some(May::Run),
         };
+        // Made now: once it is confined the process can make none.
+        let window = Some(Window::new()?);
         let machine = Machine::restore(restore, tell(events))?;
-        Ok(Self::new(machine, balloon))
+        Ok(Self::new(machine, balloon, window))
     }
 
-    fn new(machine: Machine, balloon: Arc<Mutex<Balloon>>) -> Self {
+    fn new(machine: Machine, balloon: Arc<Mutex<Balloon>>, window: Option<Window>) -> Self {
         Self {
             machine,
             balloon,
             added: HashMap::new(),
+            window,
         }
     }
 
@@ -113,7 +120,7 @@ impl Running {
     }
 
     pub(super) fn add_share(&mut self, daemon: OwnedFd) -> Result<(), Failure> {
-        let device = Remote::folder(daemon.into(), SHARE_TAG)?;
+        let device = Remote::folder(daemon.into(), SHARE_TAG, self.window.take())?;
         self.add("the share".into(), Arc::new(Mutex::new(device)))
     }
 
@@ -165,6 +172,7 @@ fn nic_name(mac: &[u8]) -> String {
 /// What every machine has, in this order: the balloon, and the vsock engine's device where there is one.
 fn first_devices(
     vsock: u32,
+    window: Option<Window>,
     inherited: &Inherited,
     events: &Arc<Events>,
 ) -> Result<(Arc<Mutex<Balloon>>, Devices), Failure> {
@@ -176,7 +184,9 @@ fn first_devices(
     let mut devices: Devices = vec![balloon.clone()];
     if vsock != 0 {
         let daemon = UnixStream::from(inherited.number(vsock)?);
-        devices.push(Arc::new(Mutex::new(Remote::vsock(daemon, GUEST_CID)?)));
+        devices.push(Arc::new(Mutex::new(Remote::vsock(
+            daemon, GUEST_CID, window,
+        )?)));
     }
     Ok((balloon, devices))
 }

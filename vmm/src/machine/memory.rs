@@ -9,7 +9,7 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionBuilder;
@@ -17,6 +17,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::Error;
 use super::layout::HOLE;
+use crate::memfd::memfd;
 
 /// A huge page of x86-64.
 const HUGE: u64 = 2 << 20;
@@ -24,7 +25,9 @@ const HUGE: u64 = 2 << 20;
 /// Memory of `bytes`, a multiple of 1 MiB, around the hole below 4 GiB. It is the process's for good:
 /// a VMM has one guest in its life.
 pub(super) fn create(bytes: u64, shared: bool) -> Result<GuestMemoryMmap, Error> {
-    let file = shared.then(|| memfd(bytes).map(Arc::new)).transpose();
+    let file = shared
+        .then(|| memfd(c"guest", bytes).map(Arc::new))
+        .transpose();
     let file = file.map_err(Error::io("make shared memory"))?;
     let low = bytes.min(HOLE.start);
     let mut regions = vec![region(0, low, file.as_ref(), 0)?];
@@ -33,25 +36,6 @@ pub(super) fn create(bytes: u64, shared: bool) -> Result<GuestMemoryMmap, Error>
     }
     GuestMemoryMmap::from_regions(regions)
         .map_err(|e| Error::Memory(format!("its regions do not fit together: {e}")))
-}
-
-fn memfd(bytes: u64) -> io::Result<File> {
-    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    // SAFETY: the name is a string with its NUL; the result is checked.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just made and is nobody else's.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(bytes)?;
-    // Who shares it must not be able to take it away under the guest.
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: the descriptor is open; no pointer is passed.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(file)
 }
 
 fn region(

@@ -19,11 +19,9 @@ use crate::virtio::Device;
 
 /// A machine to be, as one that was written down.
 pub struct Restore {
-    /// What it was written into; any number of machines may use it.
+    /// What it was written into; any number of machines may use it. Of its memory what the guest writes is
+    /// copied, so that no other process can share it.
     pub snapshot: Files,
-    /// Whether another process shares the memory, which then is copied; else only what the guest
-    /// writes is.
-    pub shared_memory: bool,
     /// Where the guest's console goes.
     pub console: File,
     /// Its devices, made as those of the first machine were, in the order of their slots.
@@ -65,19 +63,12 @@ impl Machine {
         ended: impl FnOnce(End) + Send + 'static,
     ) -> Result<Self, Error> {
         let state = snapshot::read(&restore.snapshot)?;
-        let file = &restore.snapshot.memory;
-        let guest = match restore.shared_memory {
-            false => snapshot::map(&state.regions, file)?,
-            true => {
-                let bytes = state.regions.iter().map(|region| region.size).sum();
-                let guest = memory::create(bytes, true)?;
-                if snapshot::regions(&guest) != state.regions {
-                    return Err(Error::Unfit("its memory lies elsewhere".into()));
-                }
-                snapshot::fill(&guest, file)?;
-                guest
-            }
-        };
+        let bytes = state.regions.iter().map(|region| region.size).sum();
+        let guest = memory::create(bytes, false)?;
+        if snapshot::regions(&guest) != state.regions {
+            return Err(Error::Unfit("its memory lies elsewhere".into()));
+        }
+        snapshot::map(&guest, &restore.snapshot.memory)?;
         let plans = plan(&state.slots, restore.devices)?;
         let uart = state.serial.into();
         let vcpus = state.vcpus.len() as u32; // as many as KVM made

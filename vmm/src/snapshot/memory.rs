@@ -1,20 +1,20 @@
 //! The guest's memory as a sparse file, and as memory again: mapped so that only what the guest writes
-//! is copied, or copied into shared memory where another process works in it too.
+//! is copied.
 #![expect(
     unsafe_code,
     reason = "mapping a file and seeking data in it have no safe interface"
 )]
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MemoryRegionAddress,
+    Address, Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress,
+    VolatileSlice,
 };
 
 use super::Error;
@@ -23,6 +23,8 @@ use super::Error;
 const CHUNK: usize = 1 << 20;
 /// Left out of the file if all zero, bytes.
 const PAGE: usize = 4096;
+/// Shortest hole that is left unmapped, bytes: there can be as many as the kernel has room for mappings.
+const GAP: u64 = 64 << 10;
 
 /// A range of guest memory; their content follows each other in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,68 +98,63 @@ fn write_pages(chunk: &[u8], file: &File, offset: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Fills fresh memory with what is in the file.
-pub(crate) fn fill(memory: &GuestMemoryMmap, file: &File) -> Result<(), Error> {
-    let failed = |e: io::Error| Error::Memory(format!("it cannot be read: {e}"));
+/// Maps what is in the file into fresh private memory: the guest sees it, and what it writes is its own.
+/// Where the file has nothing the memory stays as it is, so that the file never grows by what guests
+/// look at.
+pub(crate) fn map(memory: &GuestMemoryMmap, file: &File) -> Result<(), Error> {
+    let failed = |e: io::Error| Error::Memory(format!("it cannot be mapped: {e}"));
     let mut base = 0;
     for region in memory.iter() {
         let end = base + region.len();
-        let mut at = base;
-        while let Some(start) = seek(file, at, libc::SEEK_DATA).map_err(failed)?
-            && start < end
-        {
-            let hole = seek(file, start, libc::SEEK_HOLE).map_err(failed)?;
-            let stop = hole.unwrap_or(end).min(end);
-            (&*file).seek(SeekFrom::Start(start)).map_err(failed)?;
-            let place = MemoryRegionAddress(start - base);
-            let count = usize::try_from(stop - start).map_err(|e| failed(io::Error::other(e)))?;
-            // Straight into the guest's memory.
-            (region.read_exact_volatile_from(place, &mut &*file, count))
-                .map_err(|e| Error::Memory(e.to_string()))?;
-            at = stop;
+        for data in extents(file, base, end).map_err(failed)? {
+            let place = MemoryRegionAddress(data.start - base);
+            let length = usize::try_from(data.end - data.start);
+            let length = length.map_err(|e| failed(io::Error::other(e)))?;
+            let place = region.get_slice(place, length);
+            let place = place.map_err(|e| failed(io::Error::other(e)))?;
+            map_over(&place, file, data.start).map_err(failed)?;
         }
         base = end;
     }
     Ok(())
 }
 
-/// Maps the file so that the guest sees it, and what the guest writes is its own. Like all guest
-/// memory it is the process's for good.
-pub(crate) fn map(regions: &[RegionState], file: &File) -> Result<GuestMemoryMmap, Error> {
-    let mut offset = 0;
-    let mut mapped = Vec::new();
-    for region in regions {
-        mapped.push(map_region(*region, file, offset)?);
-        offset += region.size;
-    }
-    GuestMemoryMmap::from_regions(mapped).map_err(|e| Error::Memory(e.to_string()))
-}
-
-fn map_region(region: RegionState, file: &File, offset: u64) -> Result<GuestRegionMmap, Error> {
-    let failed = |e: &dyn std::fmt::Display| Error::Memory(e.to_string());
-    let size = usize::try_from(region.size).map_err(|e| failed(&e))?;
-    let offset = libc::off_t::try_from(offset).map_err(|e| failed(&e))?;
+/// Maps a part of the file over a piece of fresh memory.
+fn map_over(place: &VolatileSlice<'_>, file: &File, offset: u64) -> io::Result<()> {
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
     let access = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address that the kernel chooses; the result is checked.
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let (guard, size) = (place.ptr_guard_mut(), place.len());
+    // SAFETY: the piece is memory of the guest, mapped for as long as the process lives, in which nobody
+    // has anything yet; it is whole pages, because the offset and the length are.
     let address = unsafe {
-        let none = std::ptr::null_mut();
-        libc::mmap(none, size, access, flags, file.as_raw_fd(), offset)
+        let address = guard.as_ptr().cast();
+        libc::mmap(address, size, access, flags, file.as_raw_fd(), offset)
     };
     if address == libc::MAP_FAILED {
-        return Err(failed(&io::Error::last_os_error()));
+        return Err(io::Error::last_os_error());
     }
     // SAFETY: the range was just mapped. The guest's memory is not for core files.
     unsafe { libc::madvise(address, size, libc::MADV_DONTDUMP) };
-    // That a file is behind it concerns nobody: it is not shared with anyone.
-    let builder = MmapRegionBuilder::new(size)
-        .with_mmap_prot(access)
-        .with_mmap_flags(flags);
-    // SAFETY: `size` bytes are mapped there, and nothing ever unmaps them.
-    let mapping = unsafe { builder.with_raw_mmap_pointer(address.cast()) }.build();
-    let mapping = mapping.map_err(|e| failed(&e))?;
-    GuestRegionMmap::new(mapping, GuestAddress(region.start))
-        .ok_or_else(|| Error::Memory(format!("{region:x?} ends beyond 2^64")))
+    Ok(())
+}
+
+/// Where a part of the file has data; holes that are not worth a mapping of their own are taken for it.
+fn extents(file: &File, from: u64, end: u64) -> io::Result<Vec<Range<u64>>> {
+    let mut extents: Vec<Range<u64>> = Vec::new();
+    let mut at = from;
+    while let Some(start) = seek(file, at, libc::SEEK_DATA)?
+        && start < end
+    {
+        let hole = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(end);
+        at = hole.next_multiple_of(PAGE as u64).min(end);
+        let start = start - start % PAGE as u64;
+        match extents.last_mut() {
+            Some(last) if start - last.end < GAP => last.end = at,
+            _ => extents.push(start..at),
+        }
+    }
+    Ok(extents)
 }
 
 /// The next data or hole from an offset on, if there is one.
@@ -177,6 +174,8 @@ fn seek(file: &File, from: u64, what: libc::c_int) -> io::Result<Option<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
+    use vm_memory::GuestAddress;
 
     const MIB: usize = 1 << 20;
 
@@ -202,26 +201,55 @@ mod tests {
         }
     }
 
+    /// Memory that goes on from a file.
+    fn mapped(like: &GuestMemoryMmap, file: &File) -> GuestMemoryMmap {
+        let ranges: Vec<_> = (regions(like).iter())
+            .map(|region| (GuestAddress(region.start), region.size as usize))
+            .collect();
+        let fresh = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        map(&fresh, file).unwrap();
+        fresh
+    }
+
     #[test]
-    fn memory_comes_back_as_it_was_mapped_or_copied_and_takes_little_room() {
-        use std::os::unix::fs::MetadataExt;
+    fn memory_comes_back_as_it_was_and_takes_little_room() {
         let before = memory();
         let file = tempfile::tempfile().unwrap();
         write(&before, &file).unwrap();
-        let found = file.metadata().unwrap();
-        assert_eq!(found.len(), 12 * MIB as u64);
-        assert!(
-            found.blocks() * 512 <= 64 * 1024,
-            "{} blocks",
-            found.blocks()
-        );
-        assert_same(&before, &map(&regions(&before), &file).unwrap());
-        let fresh: Vec<_> = (regions(&before).iter())
-            .map(|region| (GuestAddress(region.start), region.size as usize))
-            .collect();
-        let fresh = GuestMemoryMmap::from_ranges(&fresh).unwrap();
-        fill(&fresh, &file).unwrap();
-        assert_same(&before, &fresh);
+        assert_eq!(file.metadata().unwrap().len(), 12 * MIB as u64);
+        let blocks = |file: &File| file.metadata().unwrap().blocks();
+        let written = blocks(&file);
+        assert!(written * 512 <= 64 * 1024, "{written} blocks");
+        // Looking at all of it, and writing to all of it, leaves the file as it is but for short holes.
+        let after = mapped(&before, &file);
+        assert_same(&before, &after);
+        for region in after.iter() {
+            let whole = vec![0x5a; region.len() as usize];
+            after.write_slice(&whole, region.start_addr()).unwrap();
+        }
+        assert!(blocks(&file) * 512 <= 128 * 1024, "{}", blocks(&file));
+        assert_same(&before, &mapped(&before, &file));
+    }
+
+    #[test]
+    fn short_holes_are_mapped_with_what_is_around_them_and_long_ones_are_not() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 << 20).unwrap();
+        for at in [0, GAP, 3 * GAP, 1 << 20, (4 << 20) - 1] {
+            file.write_all_at(&[1], at).unwrap();
+        }
+        let page = PAGE as u64;
+        let expected = [
+            0..GAP + page,
+            3 * GAP..3 * GAP + page,
+            1 << 20..(1 << 20) + page,
+            (4 << 20) - page..4 << 20,
+        ];
+        assert_eq!(extents(&file, 0, 4 << 20).unwrap(), expected);
+        let one = std::slice::from_ref;
+        let part = extents(&file, page, 3 * GAP).unwrap();
+        assert_eq!(part, one(&(GAP..GAP + page)));
+        assert_eq!(extents(&file, 2 << 20, 3 << 20).unwrap(), []);
     }
 
     #[test]
@@ -229,14 +257,11 @@ mod tests {
         let before = memory();
         let file = tempfile::tempfile().unwrap();
         write(&before, &file).unwrap();
-        let (one, other) = (
-            map(&regions(&before), &file).unwrap(),
-            map(&regions(&before), &file).unwrap(),
-        );
+        let (one, other) = (mapped(&before, &file), mapped(&before, &file));
         one.write_obj(0xff_u8, GuestAddress(0)).unwrap();
         one.write_obj(0xff_u8, GuestAddress(MIB as u64)).unwrap();
         assert_same(&before, &other);
-        assert_same(&before, &map(&regions(&before), &file).unwrap());
+        assert_same(&before, &mapped(&before, &file));
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub use block::Block;
 pub use buffers::{Buffers, MAX_PIECES, TooManyPieces};
 pub use event_loop::{Attached, EventLoop, Watch};
 pub use net::{Net, NetConfig, open_tap};
-pub use remote::Remote;
+pub use remote::{Remote, Window};
 pub use rng::Rng;
 pub use vsock::Vsock;
 

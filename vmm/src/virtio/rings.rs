@@ -22,7 +22,7 @@ use super::buffers::Buffers;
 use super::{Activation, Error, Interrupt, Memory, QueueState, Watch};
 
 /// Chains handled for one event, so that a guest that never stops lets others have their turn.
-const BUDGET: usize = 256;
+pub(super) const BUDGET: usize = 256;
 /// Faults of the guest's drivers that are logged.
 const MAX_COMPLAINTS: u32 = 16;
 

@@ -15,11 +15,11 @@ use crate::vsock::Engine;
 use crate::vsock::queues::{self, COUNT, RX, TX};
 
 /// Device type.
-const KIND: u32 = 19;
+pub(super) const KIND: u32 = 19;
 /// The queue by which the guest learns that its connections are gone.
-const EVENTS: usize = 2;
+pub(super) const EVENTS: usize = 2;
 /// Event: all connections are gone (5.10.6.7, `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`).
-const TRANSPORT_RESET: u32 = 0;
+pub(super) const TRANSPORT_RESET: u32 = 0;
 /// Token of the engine's sockets; the queues have theirs below.
 const ENGINE: u32 = COUNT as u32;
 
@@ -72,27 +72,24 @@ impl Vsock {
             }
         }
     }
+}
 
-    /// Tells the guest that its connections are gone.
-    fn tell_reset(&mut self) {
-        let Some(rings) = &mut self.rings else {
-            return;
+/// Tells the guest that its connections are gone.
+pub(super) fn tell_reset(rings: &mut Rings) {
+    let memory = rings.memory.memory();
+    let Some(ring) = rings.ring(EVENTS) else {
+        return;
+    };
+    let told = ring.take(&memory).and_then(|chain| {
+        let Some(chain) = chain else {
+            debug!("vsock: the guest left no room for the news that its connections are gone");
+            return Ok(false);
         };
-        let memory = rings.memory.memory();
-        let Some(ring) = rings.ring(EVENTS) else {
-            return;
-        };
-        let told = ring.take(&memory).and_then(|chain| {
-            let Some(chain) = chain else {
-                debug!("vsock: the guest left no room for the news that its connections are gone");
-                return Ok(false);
-            };
-            let written = chain.writable.write(&TRANSPORT_RESET.to_le_bytes()) as u32;
-            ring.give(&memory, &[(chain.head, written)])?;
-            Ok(false)
-        });
-        rings.finish(EVENTS, told);
-    }
+        let written = chain.writable.write(&TRANSPORT_RESET.to_le_bytes()) as u32;
+        ring.give(&memory, &[(chain.head, written)])?;
+        Ok(false)
+    });
+    rings.finish(EVENTS, told);
 }
 
 impl Device for Vsock {
@@ -127,9 +124,9 @@ impl Device for Vsock {
             })?;
             self.watched = true;
         }
-        self.rings = Some(rings);
+        let rings = self.rings.insert(rings);
         if std::mem::take(&mut self.moved) {
-            self.tell_reset();
+            tell_reset(rings);
         }
         self.service();
         Ok(())

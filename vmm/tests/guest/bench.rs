@@ -90,12 +90,11 @@ impl Bench {
         })
     }
 
-    pub(crate) fn restore(&self, snapshot: &Path, name: &str, shared_memory: bool) -> Guest {
+    pub(crate) fn restore(&self, snapshot: &Path, name: &str) -> Guest {
         std::fs::copy(self.dir.path().join("first"), self.dir.path().join(name)).unwrap();
         Guest::new(self.disk(name), |console, devices, ended| {
             let restore = Restore {
                 snapshot: Files::open(snapshot).unwrap(),
-                shared_memory,
                 console,
                 devices,
                 confined: None,

@@ -38,9 +38,9 @@ fn clones_of_a_written_down_machine_go_on_where_it_stood_each_for_itself() {
     first.machine.stop();
 
     let clones = [
-        bench.restore(&snapshot, "one", false),
-        bench.restore(&snapshot, "two", false),
-        bench.restore(&snapshot, "three", true),
+        bench.restore(&snapshot, "one"),
+        bench.restore(&snapshot, "two"),
+        bench.restore(&snapshot, "three"),
     ];
     for clone in &clones {
         let begin = Instant::now();
@@ -57,7 +57,7 @@ fn clones_of_a_written_down_machine_go_on_where_it_stood_each_for_itself() {
     clones[0].machine.pause();
     let files = Files::create(&again).unwrap();
     clones[0].machine.save(&files).unwrap();
-    let clone = bench.restore(&again, "four", false);
+    let clone = bench.restore(&again, "four");
     clone.machine.resume();
     assert!(clone.tick() > counted);
 }
@@ -85,7 +85,6 @@ fn a_snapshot_is_refused_where_it_does_not_fit() {
     let restore = |devices: Devices| {
         let restore = Restore {
             snapshot: Files::open(&snapshot).unwrap(),
-            shared_memory: false,
             console: File::options().write(true).open("/dev/null").unwrap(),
             devices,
             confined: None,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 
-use sealpod_vmm::virtio::{Device, Error, Remote};
+use sealpod_vmm::virtio::{Device, Error, Remote, Window};
 use tempfile::TempDir;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -63,8 +63,19 @@ impl Daemon {
     }
 
     pub(crate) fn device(&self) -> Remote {
-        let socket = UnixStream::connect(self.dir.path().join("socket")).unwrap();
-        Remote::folder(socket, "sealpod").unwrap()
+        Remote::folder(self.connect(), "sealpod", None).unwrap()
+    }
+
+    /// A device whose daemon never sees the guest's memory, and a guest that cannot share it.
+    pub(crate) fn relayed(&self) -> Machine<Remote> {
+        let window = Some(Window::new().unwrap());
+        let device = Remote::folder(self.connect(), "sealpod", window).unwrap();
+        let features = device.features();
+        Machine::with(device, features, private_memory())
+    }
+
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.dir.path().join("socket")).unwrap()
     }
 }
 
@@ -127,8 +138,11 @@ fn wait(on: &vmm_sys_util::eventfd::EventFd) {
     on.read().unwrap();
 }
 
-pub(crate) fn read_hello(guest: &mut Machine<Remote>) -> Vec<u8> {
-    let numbers = |list: &[u32]| -> Vec<u8> { list.iter().flat_map(|n| n.to_le_bytes()).collect() };
+fn numbers(list: &[u32]) -> Vec<u8> {
+    list.iter().flat_map(|n| n.to_le_bytes()).collect()
+}
+
+fn init(guest: &mut Machine<Remote>) {
     // INIT: version 7.38, read ahead, no flags.
     let init = fuse(
         guest,
@@ -138,13 +152,19 @@ pub(crate) fn read_hello(guest: &mut Machine<Remote>) -> Vec<u8> {
         64,
     );
     assert_eq!(init[..4], 7_u32.to_le_bytes());
-    let entry = fuse(guest, 1, 1, b"hello\0", 128); // LOOKUP in the root
+}
+
+/// Opens a file of the root; returns its node and a handle.
+fn open(guest: &mut Machine<Remote>, name: &[u8], flags: u32) -> (u64, Vec<u8>) {
+    let entry = fuse(guest, 1, 1, name, 128); // LOOKUP
     let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
-    let opened = fuse(guest, 14, node, &numbers(&[0, 0]), 16); // OPEN to read
-    let handle = numbers(&[
-        u32::from_le_bytes(opened[..4].try_into().unwrap()),
-        u32::from_le_bytes(opened[4..8].try_into().unwrap()),
-    ]);
+    let opened = fuse(guest, 14, node, &numbers(&[flags, 0]), 16); // OPEN
+    (node, opened[..8].to_vec())
+}
+
+pub(crate) fn read_hello(guest: &mut Machine<Remote>) -> Vec<u8> {
+    init(guest);
+    let (node, handle) = open(guest, b"hello\0", 0);
     // READ: handle, offset, size, and four fields without meaning here.
     let body = [&handle[..], &numbers(&[0, 0, 4096, 0, 0, 0, 0, 0])].concat();
     fuse(guest, 15, node, &body, 4096)
@@ -158,6 +178,65 @@ fn a_guest_reads_a_file_of_the_host() {
     let mut guest = Machine::new(daemon.device());
     assert_eq!(read_hello(&mut guest), b"from the host");
     assert!(guest.interrupts(REQUESTS) > 0);
+}
+
+#[test]
+fn a_guest_whose_memory_nobody_shares_reads_it_too() {
+    let Some(daemon) = Daemon::start() else {
+        return;
+    };
+    let mut guest = daemon.relayed();
+    assert_eq!(read_hello(&mut guest), b"from the host");
+    assert!(guest.interrupts(REQUESTS) > 0);
+    guest.reboot();
+    assert_eq!(read_hello(&mut guest), b"from the host");
+}
+
+/// Reads and writes of as much as Linux asks in one request, and of more such at once than a window has
+/// room for.
+fn move_much(daemon: &Daemon, mut guest: Machine<Remote>) {
+    const PIECE: usize = 1008 << 10;
+    let path = daemon.dir.path().join("share/large");
+    let content = crate::driver::Random(5).bytes(3 * PIECE);
+    std::fs::write(&path, &content).unwrap();
+    init(&mut guest);
+    let (node, handle) = open(&mut guest, b"large\0", 2); // O_RDWR
+    let body = |at: usize| {
+        let numbers = numbers(&[at as u32, 0, PIECE as u32, 0, 0, 0, 0, 0]);
+        [&handle[..], &numbers].concat()
+    };
+    for n in 0..12 {
+        let read = request(15, node, &body(n % 3 * PIECE));
+        guest.offer(REQUESTS, &[&read], &[16, 4096, PIECE as u32 - 4096]);
+    }
+    guest.kick(REQUESTS);
+    let mut found: Vec<_> = (0..12).map(|_| answer(&mut guest)).collect();
+    let mut expected: Vec<_> = (0..12)
+        .map(|n| &content[n % 3 * PIECE..][..PIECE])
+        .collect();
+    found.sort();
+    expected.sort();
+    assert!(found == expected);
+
+    let new = crate::driver::Random(9).bytes(PIECE);
+    let mut write = request(16, node, &body(4096));
+    write[..4].copy_from_slice(&(40 + 40 + PIECE as u32).to_le_bytes());
+    let (first, rest) = new.split_at(PIECE / 3);
+    guest.offer(REQUESTS, &[&write, first, rest], &[16, 8]);
+    guest.kick(REQUESTS);
+    assert_eq!(answer(&mut guest)[..4], (PIECE as u32).to_le_bytes());
+    let file = std::fs::read(&path).unwrap();
+    let expected = [&content[..4096], &new, &content[4096 + PIECE..]].concat();
+    assert!(file == expected);
+}
+
+#[test]
+fn large_files_come_and_go_whole_also_by_copies() {
+    let (Some(one), Some(other)) = (Daemon::start(), Daemon::start()) else {
+        return;
+    };
+    move_much(&one, Machine::new(one.device()));
+    move_much(&other, other.relayed());
 }
 
 #[test]
@@ -216,12 +295,12 @@ fn a_daemon_that_hangs_up_at_once_is_refused_and_so_is_a_wrong_tag() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
     assert!(matches!(
-        Remote::folder(ours, "sealpod"),
+        Remote::folder(ours, "sealpod", None),
         Err(Error::Daemon { .. })
     ));
     for tag in ["", "\0", &"x".repeat(37)] {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let refused = Remote::folder(ours, tag);
+        let refused = Remote::folder(ours, tag, None);
         assert!(matches!(refused, Err(Error::Configuration(_))), "{tag:?}");
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0); // nothing was said
     }

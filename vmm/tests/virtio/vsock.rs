@@ -4,12 +4,12 @@ use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use sealpod_vmm::virtio::{Device, Remote, Vsock};
+use sealpod_vmm::virtio::{Device, Error, Remote, Vsock, Window};
 use sealpod_vmm::vsock::{
     Config, Engine, HEADER_LEN, Header, Limits, Op, TYPE_STREAM, VhostUserVsock,
 };
 
-use crate::driver::Machine;
+use crate::driver::{Machine, Random, private_memory};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -147,7 +147,7 @@ fn the_configuration_is_the_guests_cid() {
 const PATIENCE: i32 = 20_000;
 
 /// An engine as the shim has it, and the device with which a VMM shows it.
-pub(crate) fn remote(dir: &Path) -> (VhostUserVsock, Remote) {
+pub(crate) fn remote(dir: &Path, window: Option<Window>) -> (VhostUserVsock, Remote) {
     let path = dir.join("vhost.sock");
     let listener = UnixListener::bind(&path).unwrap();
     let config = Config {
@@ -157,7 +157,7 @@ pub(crate) fn remote(dir: &Path) -> (VhostUserVsock, Remote) {
     };
     let engine = VhostUserVsock::start(listener, &config).unwrap();
     let socket = UnixStream::connect(path).unwrap();
-    (engine, Remote::vsock(socket, 3).unwrap())
+    (engine, Remote::vsock(socket, 3, window).unwrap())
 }
 
 /// The next packet for the guest, which another thread brings.
@@ -186,6 +186,7 @@ pub(crate) fn connected_remotely(guest: &mut Machine<Remote>, dir: &Path) -> (Un
     };
     guest.offer(TX, &[&response.encode()], &[]);
     guest.kick(TX);
+    guest.run();
     let mut line = [0; 3];
     std::io::Read::read_exact(&mut client, &mut line).unwrap();
     assert_eq!(&line, b"OK ");
@@ -195,7 +196,7 @@ pub(crate) fn connected_remotely(guest: &mut Machine<Remote>, dir: &Path) -> (Un
 #[test]
 fn an_engine_in_another_process_keeps_its_connections_while_the_guest_is_written_down() {
     let dir = tempfile::tempdir().unwrap();
-    let (_engine, device) = remote(dir.path());
+    let (_engine, device) = remote(dir.path(), None);
     let mut guest = Machine::new(device);
     refill(&mut guest);
     guest.kick(RX);
@@ -206,10 +207,10 @@ fn an_engine_in_another_process_keeps_its_connections_while_the_guest_is_written
     assert_eq!(await_packet(&mut guest).1, b"still here");
 }
 
-#[test]
-fn a_moved_guest_gets_a_new_engine_and_is_told_that_its_connections_are_gone() {
+/// A guest that had an engine in shared memory goes on with another one.
+fn move_to_a_new_engine(window: Option<Window>) {
     let (old, new) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (first, device) = remote(old.path());
+    let (first, device) = remote(old.path(), None);
     let mut guest = Machine::new(device);
     refill(&mut guest);
     for _ in 0..8 {
@@ -217,7 +218,7 @@ fn a_moved_guest_gets_a_new_engine_and_is_told_that_its_connections_are_gone() {
     }
     guest.kick(RX);
     let (mut client, _) = connected_remotely(&mut guest, old.path());
-    let (_second, device) = remote(new.path());
+    let (_second, device) = remote(new.path(), window);
     let mut guest = guest.moved_to(device);
     first.stop();
     let mut rest = Vec::new();
@@ -225,4 +226,74 @@ fn a_moved_guest_gets_a_new_engine_and_is_told_that_its_connections_are_gone() {
     assert_eq!(guest.done(EVENTS).unwrap().1, [0; 4]); // VIRTIO_VSOCK_EVENT_TRANSPORT_RESET
     assert!(guest.interrupts(EVENTS) > 0);
     connected_remotely(&mut guest, new.path());
+}
+
+#[test]
+fn a_moved_guest_gets_a_new_engine_and_is_told_that_its_connections_are_gone() {
+    move_to_a_new_engine(None);
+}
+
+#[test]
+fn a_moved_guest_whose_memory_nobody_shares_does_too() {
+    move_to_a_new_engine(Some(Window::new().unwrap()));
+}
+
+#[test]
+fn copies_of_what_an_engine_and_a_guest_say_arrive_whole_and_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_engine, device) = remote(dir.path(), Some(Window::new().unwrap()));
+    let features = device.features();
+    let mut guest = Machine::with(device, features, private_memory());
+    refill(&mut guest);
+    guest.kick(RX);
+    let (mut client, request) = connected_remotely(&mut guest, dir.path());
+    // To the guest: more than all its buffers hold, which come back one by one.
+    let text = Random(3).bytes(600 << 10);
+    let said = text.clone();
+    let mut writer = client.try_clone().unwrap();
+    let writing = std::thread::spawn(move || writer.write_all(&said).unwrap());
+    let mut heard = Vec::new();
+    while heard.len() < text.len() {
+        let (header, piece) = await_packet(&mut guest);
+        assert_eq!(header.op, Op::Rw as u16);
+        heard.extend(piece);
+        guest.offer(RX, &[], &[4096]);
+        let credit = Header {
+            op: Op::CreditUpdate as u16,
+            buf_alloc: 1 << 16,
+            fwd_cnt: heard.len() as u32,
+            ..request.reset()
+        };
+        guest.offer(TX, &[&credit.encode()], &[]);
+        guest.kick(RX);
+        guest.kick(TX);
+        guest.run();
+        while guest.done(TX).is_some() {}
+    }
+    writing.join().unwrap();
+    assert!(heard == text);
+    // The rest of the line that says that the connection is there.
+    let mut byte = [0];
+    while byte != *b"\n" {
+        std::io::Read::read_exact(&mut client, &mut byte).unwrap();
+    }
+    // And from it, in as large pieces as there can be.
+    let said: Vec<_> = text.chunks(32 << 10).take(6).collect();
+    for piece in &said {
+        let header = Header {
+            op: Op::Rw as u16,
+            len: piece.len() as u32,
+            buf_alloc: 1 << 16,
+            fwd_cnt: text.len() as u32,
+            ..request.reset()
+        };
+        guest.offer(TX, &[&header.encode(), piece], &[]);
+        guest.kick(TX);
+        guest.run();
+        let mut heard = vec![0; piece.len()];
+        std::io::Read::read_exact(&mut client, &mut heard).unwrap();
+        assert!(&heard == piece);
+    }
+    let saved = guest.device().save();
+    assert!(matches!(saved, Err(Error::NotSaved { kind: 19, .. })));
 }
