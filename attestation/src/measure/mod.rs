@@ -9,7 +9,7 @@ mod tdx;
 mod vmsa;
 
 pub use hashes::KernelHashes;
-pub use ovmf::{Ovmf, OvmfError, Section, SectionKind, stand_in, stand_in_td};
+pub use ovmf::{MAX_IMAGE, Ovmf, OvmfError, Section, SectionKind, stand_in, stand_in_td};
 pub use tdx::{mr_td, rtmr1, rtmr1_of, rtmr2};
 pub use vmsa::{CpuType, CpuTypeError, MAX_VCPUS};
 

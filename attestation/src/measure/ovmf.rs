@@ -4,7 +4,8 @@
 const PAGE: u64 = 4096;
 /// Firmware ends at 4 GiB.
 const FIRMWARE_END: u64 = 1 << 32;
-const MAX_IMAGE: usize = 32 << 20;
+/// Largest image that is read, bytes.
+pub const MAX_IMAGE: usize = 32 << 20;
 const MAX_SECTIONS: u32 = 64;
 /// Pages that one section may cover: they are hashed one by one.
 const MAX_SECTION: u32 = 256 << 20;

@@ -129,7 +129,12 @@ fn configuration_with_errors_is_named_and_nothing_starts() {
     for (text, parts) in [
         (
             "[limits]\nconections = 1\n",
-            &["serve.toml", "conections", "connections_per_address"][..],
+            &[
+                "serve.toml",
+                "line 2",
+                "conections",
+                "connections_per_address",
+            ][..],
         ),
         (
             "[limits]\nconnections = 0\n",
@@ -151,5 +156,7 @@ fn configuration_with_errors_is_named_and_nothing_starts() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(2), "{text}: {said}");
         assert!(parts.iter().all(|p| said.contains(p)), "{text}: {said}");
+        let own = said.lines().all(|l| l.starts_with("sealpod-attest: "));
+        assert!(own, "more than one line for an error: {said}");
     }
 }

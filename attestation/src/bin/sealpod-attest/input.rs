@@ -96,9 +96,14 @@ pub(crate) fn devices(path: &Path, bytes: Vec<u8>) -> anyhow::Result<Vec<nvidia:
 /// collateral are skipped; a file that was named must be some.
 pub(crate) fn add_collateral(pile: &mut Collateral, path: &Path) -> anyhow::Result<()> {
     if !path.is_dir() {
-        return pile
-            .add(&read(path)?)
-            .with_context(|| format!("{} cannot be used", path.display()));
+        let bytes = read(path)?;
+        let unusable = || format!("{} cannot be used", path.display());
+        pile.add(&bytes).with_context(unusable)?;
+        // A manifest is read when a device needs it; one that was named has to be one in any case.
+        if pile.rims.last() == Some(&bytes) {
+            nvidia::Rim::parse(&bytes).with_context(unusable)?;
+        }
+        return Ok(());
     }
     let mut folders = vec![path.to_owned()];
     let mut files: Vec<PathBuf> = Vec::new();

@@ -51,7 +51,6 @@ enum Command {
 enum Done {
     Accepted,
     Refused,
-    Unreadable,
 }
 
 fn main() -> ExitCode {
@@ -67,7 +66,6 @@ fn main() -> ExitCode {
     match result {
         Ok(Done::Accepted) => ExitCode::SUCCESS,
         Ok(Done::Refused) => ExitCode::from(1),
-        Ok(Done::Unreadable) => ExitCode::from(2),
         Err(error) => {
             eprintln!("sealpod-attest: {error:#}");
             ExitCode::from(2)

@@ -56,7 +56,7 @@ fn features(text: &str) -> Result<u64, std::num::ParseIntError> {
 
 pub(crate) fn run(args: &MeasureArgs) -> anyhow::Result<Done> {
     let read = |path: &PathBuf| input::read_up_to(path, MAX_BOOT_FILE);
-    let firmware = read(&args.ovmf)?;
+    let firmware = input::read_up_to(&args.ovmf, measure::MAX_IMAGE as u64)?;
     let initrd = args.initrd.as_ref().map(read).transpose()?;
     let kernel = args.kernel.as_ref().map(read).transpose()?;
     let (kernel, initrd) = (kernel.as_deref(), initrd.as_deref());

@@ -117,8 +117,10 @@ pub(crate) fn junit(verdict: &Verdict, suite: &str) -> String {
     out + "</testsuite>\n"
 }
 
-fn explain(check: &Check) -> String {
-    format!("expected {}, found {}", check.expected, check.found)
+/// A check in one line.
+pub(crate) fn explain(check: &Check) -> String {
+    let (expected, found) = (clean(&check.expected), clean(&check.found));
+    format!("expected {expected}, found {found}")
 }
 
 fn xml(text: &str) -> String {

@@ -80,16 +80,24 @@ pub(crate) fn run(args: &VerifyArgs) -> anyhow::Result<Done> {
         std::fs::write(path, output::junit(&verdict, &suite))
             .with_context(|| format!("Cannot write {}", path.display()))?;
     }
+    let unreadable = verdict.status == Status::Unreadable;
     if args.json {
         output::print(&(serde_json::to_string_pretty(&verdict)? + "\n"))?;
-    } else {
+    } else if !unreadable {
         output::print(&output::table(&verdict))?;
     }
-    Ok(match verdict.status {
-        Status::Accepted => Done::Accepted,
-        Status::Refused => Done::Refused,
-        Status::Unreadable => Done::Unreadable,
-    })
+    match verdict.status {
+        Status::Accepted => Ok(Done::Accepted),
+        Status::Refused => Ok(Done::Refused),
+        Status::Unreadable => {
+            let why = verdict.failures().next().map(output::explain);
+            bail!(
+                "{}: {}",
+                args.evidence[0].display(),
+                why.unwrap_or_default()
+            )
+        }
+    }
 }
 
 fn appraise(args: &VerifyArgs) -> anyhow::Result<Verdict> {

@@ -141,8 +141,9 @@ impl Config {
         let bytes = crate::input::read_up_to(path, MAX_FILE)?;
         let text = std::str::from_utf8(&bytes)
             .with_context(|| format!("{} is not text", path.display()))?;
-        let mut config: Self =
-            toml::from_str(text).with_context(|| format!("{} cannot be used", path.display()))?;
+        let mut config: Self = toml::from_str(text)
+            .map_err(|error| anyhow::anyhow!(one_line(text, &error)))
+            .with_context(|| format!("{} cannot be used", path.display()))?;
         config
             .check()
             .with_context(|| format!("{} cannot be used", path.display()))?;
@@ -226,6 +227,17 @@ impl Limits {
     pub(crate) fn connection_time(&self) -> Duration {
         Duration::from_secs(self.connection_seconds.into())
     }
+}
+
+/// An error and the beginning of its line. The parser's own text repeats what the file holds, however long
+/// that is.
+fn one_line(text: &str, error: &toml::de::Error) -> String {
+    let start = error.span().map_or(0, |span| span.start);
+    let number = text.get(..start).map_or(0, |b| b.matches('\n').count());
+    let line = text.lines().nth(number).unwrap_or_default();
+    let cut = |text: &str, most| -> String { text.chars().take(most).collect() };
+    let words = cut(error.message(), 400).replace('\n', " ");
+    format!("line {}, {:?}: {words}", number + 1, cut(line, 60))
 }
 
 #[cfg(test)]
