@@ -57,6 +57,8 @@ bench: build ## Measure starts, memory and verifications: target/bench/{start,at
 	@$(SETUP) clients
 	@initramfs/pack.sh --floor
 	@$(BENCH) bench -- $(CONTAINERD)
+	$(SAY) "gates"
+	@$(BENCH) bench_gate -- $(CONTAINERD)
 	$(SAY) "attestation"
 	@cargo bench -q -p sealpod-attestation --bench attest
 

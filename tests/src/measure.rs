@@ -68,19 +68,25 @@ pub fn timeline(env: &Env) -> Option<Value> {
     let id = env.id("timeline");
     env.ctr_start(&[], &id, &["sh", "-c", "echo here; sleep 1000"]);
     let _ = env.ctr_exec(&id, "e", &["true"]);
-    let pods = std::fs::read_dir(env.namespaces.path("/run/sealpod")).ok()?;
-    let files = pods.flatten().map(|p| p.path().join("timeline.json"));
-    // Several pods may be there: the newest is this one.
-    let newest = files
-        .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f)))
-        .max()
-        .and_then(|(_, f)| std::fs::read_to_string(f).ok());
+    let marks = marks(env);
     env.ctr_remove(&id);
-    let marks: Value = serde_json::from_str(&newest?).ok()?;
+    let marks = marks?;
     let begin = marks.get("shim_start_ns")?.as_u64()?;
     let since = marks.as_object()?.iter().filter_map(|(name, ns)| {
         let micro = ns.as_u64()?.saturating_sub(begin) / 1000;
         Some((name.replace("_ns", "_us"), Value::from(micro)))
     });
     Some(Value::Object(since.collect()))
+}
+
+/// What the shim of the newest pod noted: nanoseconds, by mark.
+#[must_use]
+pub fn marks(env: &Env) -> Option<Value> {
+    let pods = std::fs::read_dir(env.namespaces.path("/run/sealpod")).ok()?;
+    let files = pods.flatten().map(|p| p.path().join("timeline.json"));
+    let newest = files
+        .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f)))
+        .max()?;
+    let text = std::fs::read_to_string(newest.1).ok()?;
+    serde_json::from_str(&text).ok()
 }

@@ -4,7 +4,7 @@
 use sealpod_attestation::appraise::Verifier;
 
 use crate::bad::Kind;
-use crate::drive::{self, Family, LIMITS, Plan};
+use crate::drive::{self, Ends, Family, LIMITS, MOST_MEMORY, Outcome, Plan};
 use crate::lab::Server;
 
 #[test]
@@ -41,4 +41,33 @@ fn many_clients_at_once_with_bad_ones_among_them_lose_nothing() {
     // It still serves.
     let remote = server.remote();
     remote.challenge("pod", 0).unwrap();
+}
+
+#[test]
+fn an_outcome_that_breaks_a_promise_is_named() {
+    let good = || Outcome {
+        phases: Vec::new(),
+        bad: Ends::new(),
+        replays: 2,
+        replays_accepted: 0,
+        decisions: [1, 2],
+        records: [1, 2],
+        audit_error: None,
+        idle_kib: 1,
+        peak_kib: MOST_MEMORY,
+    };
+    good().check().unwrap();
+    type Break = fn(&mut Outcome);
+    let broken: [(Break, &str); 4] = [
+        (|o| o.replays_accepted = 1, "replays accepted"),
+        (|o| o.records = [2, 1], "audit records"),
+        (|o| o.audit_error = Some("line 1".into()), "line 1"),
+        (|o| o.peak_kib += 1, "KiB"),
+    ];
+    for (change, said) in broken {
+        let mut outcome = good();
+        change(&mut outcome);
+        let error = outcome.check().unwrap_err();
+        assert!(error.contains(said), "{error}");
+    }
 }

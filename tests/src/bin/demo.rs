@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 use sealpod_tests::{
     Env, Version, assets,
     attest::{CONTENT, DEVICE},
-    image,
+    image, measure,
     stats::smaps_kib,
     wait,
 };
@@ -143,7 +143,7 @@ fn gates(version: Version) -> Result<()> {
     );
     let done = env.ctr_exec(&id, "read", &["sh", "-c", &read]).ok();
     show(&format!("ctr task exec ... {read}"), &done.stdout);
-    show_gate(&timeline(&env).unwrap_or_default());
+    show_gate(&measure::marks(&env).unwrap_or_default());
     env.ctr_remove(&id);
 
     step("The same pod with one more word on its kernel's command line: another measurement");
@@ -197,7 +197,7 @@ struct Table {
 
 impl Table {
     fn collect(env: &Env, asked: u64, first_output: Duration, exec: Duration) -> Self {
-        let marks = timeline(env).unwrap_or_default();
+        let marks = measure::marks(env).unwrap_or_default();
         #[expect(clippy::cast_precision_loss, reason = "milliseconds for people")]
         let at = |name: &str| {
             let ns = marks.get(name)?.as_u64()?;
@@ -243,14 +243,4 @@ impl Table {
             }
         }
     }
-}
-
-/// The pod's timeline: the only pod of the environment.
-fn timeline(env: &Env) -> Option<Value> {
-    let pods = std::fs::read_dir(env.namespaces.path("/run/sealpod")).ok()?;
-    let files = pods.flatten().map(|pod| pod.path().join("timeline.json"));
-    let text = files
-        .filter_map(|f| std::fs::read_to_string(f).ok())
-        .next()?;
-    serde_json::from_str(&text).ok()
 }
