@@ -201,6 +201,7 @@ pub(super) async fn boot(
     pod.timeline.vm(&vm.marks());
     mark_guest_times(pod, &hello);
     first::set_up(&guest, request, network, &attested).await?;
+    pod.timeline.mark(Mark::SetUp);
     pod.put_up_gate(attested, std::mem::take(&mut taken.withheld));
     taken.port_forward = port_forward(network, &guest).await;
     announce(pod, &plan, vm.as_ref(), &guest, &hello);

@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::Spec;
 
-use super::{Pod, boot::BootRequest, lock, sandbox};
+use super::{Mark, Pod, boot::BootRequest, lock, sandbox};
 use crate::{
     container::{CreateRequest, Handle, create, metrics_any},
     error::{Error, Kind, Result},
@@ -160,7 +160,9 @@ impl Pod {
             };
             self.boot(boot).await?;
         }
-        create(self, request, spec, role).await
+        let created = create(self, request, spec, role).await?;
+        self.timeline.mark(Mark::ContainerCreated);
+        Ok(created)
     }
 
     /// What can be refused before anything is taken. Returns whether the VM can be asked for more than it

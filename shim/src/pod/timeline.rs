@@ -25,6 +25,10 @@ pub(super) enum Mark {
     KernelUp,
     /// The agent has answered.
     AgentReady,
+    /// The guest is the pod's: share, network, host name.
+    SetUp,
+    /// The container is made.
+    ContainerCreated,
     /// The container's process has been let go.
     ContainerStarted,
     /// Something was read from it.
@@ -40,6 +44,8 @@ impl Mark {
             Self::VmCreated => "vm_created_ns",
             Self::KernelUp => "kernel_up_ns",
             Self::AgentReady => "agent_ready_ns",
+            Self::SetUp => "set_up_ns",
+            Self::ContainerCreated => "container_created_ns",
             Self::ContainerStarted => "container_started_ns",
             Self::FirstOutput => "first_output_ns",
         }
