@@ -27,7 +27,7 @@ chosen=(
     cri_pod::stats_count cri_pod::a_removed_pod cri_files::a_config_map cri_files::a_raw_block
     cri_security::a_privileged cri_streams::a_streaming_exec_passes cri_streams::port_forward_reaches_a_server_in
     failure::shim_killed failure::vm_killed failure::virtiofsd_killed failure::containerd_killed_idle
-    failure_agent::agent_killed_idle many::eight_pods redis::
+    failure_agent::agent_killed_idle many::eight_pods redis:: templates::
     attestation::a_device_is_released_to_an_affirmed
 )
 # Everything in the lab takes some 8 times as long.

@@ -28,6 +28,7 @@ mod options;
 mod redis;
 mod remote_verifier;
 mod tasks;
+mod templates;
 
 /// One `#[test]` per containerd version for each body, in a module named after it.
 #[macro_export]
