@@ -184,15 +184,15 @@ fn a_pod_without_a_device_is_renewed_too_and_ends_or_stands_still_when_it_is_ref
 fn write_cdi(env: &Env) {
     let at = |name: &str| env.folder().join(name);
     let text = format!(
-        r#"{{"cdiVersion": "0.6.0", "kind": "sealpod.io/cdi", "devices": [{{"name": "gpu1",
-        "containerEdits": {{"env": ["CDI_GPU=gpu1"], "deviceNodes": [
-        {{"path": "/dev/cdi-gpu", "hostPath": "{}", "permissions": "r"}}]}}}}]}}"#,
+        "cdiVersion: 0.6.0\nkind: sealpod.io/cdi\ndevices:\n    - name: gpu1\n      containerEdits:\n\
+         \x20       env:\n            - CDI_GPU=gpu1\n        deviceNodes:\n            - path: /dev/cdi-gpu\n\
+         \x20             hostPath: {}\n              permissions: r\n",
         at("content.img").display()
     );
-    std::fs::write(at("cdi.json"), text).unwrap();
+    std::fs::write(at("cdi.yaml"), text).unwrap();
     let device = format!(
         "[attestation.devices.\"sealpod.io/cdi=gpu1\"]\nkind = \"cdi\"\nspec = \"{}\"\n",
-        at("cdi.json").display()
+        at("cdi.yaml").display()
     );
     std::fs::create_dir_all(at("sealpod.toml.d")).unwrap();
     std::fs::write(at("sealpod.toml.d/cdi.toml"), device).unwrap();
