@@ -24,8 +24,8 @@ pub(super) struct Running {
     balloon: Arc<Mutex<Balloon>>,
     /// Slot of each device that the shim has added, by its name: a disk's serial, a NIC's address.
     added: HashMap<String, usize>,
-    /// For a share of a guest whose memory cannot be shared.
-    window: Option<Window>,
+    /// The share of a guest that goes on, whose daemon comes later.
+    share: Option<Arc<Mutex<Remote>>>,
 }
 
 /// Devices that a machine begins with.
@@ -41,9 +41,12 @@ impl Running {
         let (balloon, mut devices) = first_devices(request.vsock_fd, None, inherited, events)?;
         if request.share_fd != 0 {
             let daemon = UnixStream::from(inherited.number(request.share_fd)?);
-            devices.push(Arc::new(Mutex::new(Remote::folder(
-                daemon, SHARE_TAG, None,
-            )?)));
+            let share = Remote::folder(daemon, SHARE_TAG, None)?;
+            devices.push(Arc::new(Mutex::new(share)));
+        } else if request.saved {
+            // So that guests that go on from it have found theirs.
+            let share = Remote::folder_to_come(SHARE_TAG, None)?;
+            devices.push(Arc::new(Mutex::new(share)));
         }
         for nic in &request.nics {
             let tap = inherited.number(nic.fd)?;
@@ -79,8 +82,12 @@ impl Running {
         inherited: &Inherited,
         events: &Arc<Events>,
     ) -> Result<Self, Failure> {
+        // Windows are made now: once it is confined the process can make none.
         let window = Some(Window::new()?);
-        let (balloon, devices) = first_devices(request.vsock_fd, window, inherited, events)?;
+        let (balloon, mut devices) = first_devices(request.vsock_fd, window, inherited, events)?;
+        let share = Remote::folder_to_come(SHARE_TAG, Some(Window::new()?))?;
+        let share = Arc::new(Mutex::new(share));
+        devices.push(share.clone());
         let restore = Restore {
             snapshot: Files {
                 state: inherited.number(request.state_fd)?.into(),
@@ -90,18 +97,20 @@ impl Running {
             devices,
             confined: Some(May::Run),
         };
-        // Made now: once it is confined the process can make none.
-        let window = Some(Window::new()?);
         let machine = Machine::restore(restore, tell(events))?;
-        Ok(Self::new(machine, balloon, window))
+        Ok(Self::new(machine, balloon, Some(share)))
     }
 
-    fn new(machine: Machine, balloon: Arc<Mutex<Balloon>>, window: Option<Window>) -> Self {
+    fn new(
+        machine: Machine,
+        balloon: Arc<Mutex<Balloon>>,
+        share: Option<Arc<Mutex<Remote>>>,
+    ) -> Self {
         Self {
             machine,
             balloon,
             added: HashMap::new(),
-            window,
+            share,
         }
     }
 
@@ -120,8 +129,9 @@ impl Running {
     }
 
     pub(super) fn add_share(&mut self, daemon: OwnedFd) -> Result<(), Failure> {
-        let device = Remote::folder(daemon.into(), SHARE_TAG, self.window.take())?;
-        self.add("the share".into(), Arc::new(Mutex::new(device)))
+        let share = (self.share.as_ref()).ok_or("Its share came when it was created")?;
+        lock(share).attach(daemon.into())?;
+        Ok(())
     }
 
     fn add(&mut self, name: String, device: Arc<Mutex<dyn Device>>) -> Result<(), Failure> {

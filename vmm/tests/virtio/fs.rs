@@ -231,6 +231,31 @@ fn move_much(daemon: &Daemon, mut guest: Machine<Remote>) {
 }
 
 #[test]
+fn a_folder_can_be_driven_and_saved_before_its_daemon_comes() {
+    let Some(daemon) = Daemon::start() else {
+        return;
+    };
+    let to_come = |window| Remote::folder_to_come("sealpod", window).unwrap();
+    let guest = Machine::with(to_come(None), u64::MAX, private_memory());
+    let mut guest = guest.moved_to(to_come(Some(Window::new().unwrap())));
+    // What is asked too early is answered when there is somebody to answer it.
+    let early = request(3, 1, &[0; 16]); // GETATTR, before INIT
+    guest.offer(REQUESTS, &[&early], &[16, 104]);
+    guest.kick(REQUESTS);
+    guest.run();
+    assert!(guest.done(REQUESTS).is_none());
+    guest.device().attach(daemon.connect()).unwrap();
+    while guest.done(REQUESTS).is_none() {
+        assert!(guest.events.turn(PATIENCE).unwrap());
+    }
+    assert_eq!(read_hello(&mut guest), b"from the host");
+    let again = guest.device().attach(daemon.connect());
+    assert!(matches!(again, Err(Error::Configuration(why)) if why.contains("already")));
+    let saved = guest.device().save();
+    assert!(matches!(saved, Err(Error::NotSaved { kind: 26, .. })));
+}
+
+#[test]
 fn large_files_come_and_go_whole_also_by_copies() {
     let (Some(one), Some(other)) = (Daemon::start(), Daemon::start()) else {
         return;

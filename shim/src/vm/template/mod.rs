@@ -1,5 +1,5 @@
 //! Fast starts: a VM of sealpod-vmm whose agent has come up is written down once, and later VMs go on from
-//! there. A template is nobody's pod: no share, no network, nothing of any pod was ever in it.
+//! there. A template is nobody's pod: nobody serves its share, it has no network, and nothing of any pod was ever in it.
 //! `docs/vmm-snapshot.md` has what is renewed in each VM that comes from one.
 //!
 //! ```text
@@ -103,7 +103,7 @@ pub async fn start(
     let store = Store::open(state_dir)?;
     let mut config = without_devices(config)?;
     config.program = super::find_program(&config.program)?;
-    let spare_slots = 1 + NICS + config.hotplug_ports;
+    let spare_slots = NICS + config.hotplug_ports;
     let about = About::of(&config, cmdline(&config), spare_slots);
     let named = about.and_then(|about| Ok((about.name()?, about)));
     let (name, about) = named.map_err(|source| TemplateError::Host {

@@ -50,7 +50,8 @@ const OWN: u64 =
 
 /// A device of a guest that another process implements.
 pub struct Remote {
-    daemon: Daemon,
+    /// None until [`Remote::attach`]; what the guest asks before waits in its queues.
+    daemon: Option<Daemon>,
     kind: u32,
     queue_sizes: &'static [u16],
     /// Room in a window for each queue that is the daemon's, which are the first.
@@ -59,6 +60,8 @@ pub struct Remote {
     config: Vec<u8>,
     window: Option<Arc<Window>>,
     active: Option<Box<dyn Way>>,
+    /// A driver that is up while there is no daemon yet.
+    waiting: Option<Activation>,
     /// The guest comes from another process, and its connections are gone.
     moved: bool,
 }
@@ -91,6 +94,16 @@ impl Remote {
     /// [`Error`]: an unusable tag, or the daemon is not a vhost-user back end that can do what is
     /// needed.
     pub fn folder(socket: UnixStream, tag: &str, window: Option<Window>) -> Result<Self, Error> {
+        let mut folder = Self::folder_to_come(tag, window)?;
+        folder.attach(socket)?;
+        Ok(folder)
+    }
+
+    /// A shared folder whose daemon comes later, by [`Self::attach`]. Until then it can be saved.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`]: an unusable tag.
+    pub fn folder_to_come(tag: &str, window: Option<Window>) -> Result<Self, Error> {
         if !(1..=TAG).contains(&tag.len()) || tag.bytes().any(|b| b == 0) {
             return Err(Error::Configuration(format!(
                 "tag {tag:?} of a shared folder does not have 1 to {TAG} bytes"
@@ -100,7 +113,7 @@ impl Remote {
         let mut config = tag.as_bytes().to_vec();
         config.resize(TAG, 0);
         config.extend(1_u32.to_le_bytes());
-        Self::new(socket, FS, &FS_QUEUES, FS_ROOM, config, window)
+        Ok(Self::new(FS, &FS_QUEUES, FS_ROOM, config, window))
     }
 
     /// A socket device, by the vsock engine at the other end of `socket`; memory as for
@@ -110,27 +123,44 @@ impl Remote {
     /// As [`Self::folder`].
     pub fn vsock(socket: UnixStream, cid: u64, window: Option<Window>) -> Result<Self, Error> {
         let config = cid.to_le_bytes().to_vec();
-        Self::new(socket, VSOCK, &VSOCK_QUEUES, VSOCK_ROOM, config, window)
+        let mut vsock = Self::new(VSOCK, &VSOCK_QUEUES, VSOCK_ROOM, config, window);
+        vsock.attach(socket)?;
+        Ok(vsock)
+    }
+
+    /// Greets the daemon at the other end of `socket`, which serves from now on.
+    ///
+    /// # Errors
+    /// As [`Self::folder`]; or there was one already.
+    pub fn attach(&mut self, socket: UnixStream) -> Result<(), Error> {
+        if self.daemon.is_some() {
+            return Err(Error::Configuration("it has a daemon already".into()));
+        }
+        self.daemon = Some(Daemon::new(socket, self.room.len())?);
+        match self.waiting.take() {
+            Some(activation) => self.activate(activation),
+            None => Ok(()),
+        }
     }
 
     fn new(
-        socket: UnixStream,
         kind: u32,
         queue_sizes: &'static [u16],
         room: [u64; window::QUEUES],
         config: Vec<u8>,
         window: Option<Window>,
-    ) -> Result<Self, Error> {
-        Ok(Self {
-            daemon: Daemon::new(socket, room.len())?,
+    ) -> Self {
+        Self {
+            daemon: None,
             kind,
             queue_sizes,
             room,
             config,
             window: window.map(Arc::new),
             active: None,
+            waiting: None,
             moved: false,
-        })
+        }
     }
 
     fn way(&self, activation: Activation) -> Result<Box<dyn Way>, Error> {
@@ -150,9 +180,9 @@ impl Device for Remote {
     }
 
     fn features(&self) -> u64 {
-        match self.window {
-            Some(_) => OWN,
-            None => OWN & self.daemon.features(),
+        match (&self.window, &self.daemon) {
+            (None, Some(daemon)) => OWN & daemon.features(),
+            _ => OWN,
         }
     }
 
@@ -171,22 +201,31 @@ impl Device for Remote {
         if found != expected {
             return Err(Error::Queues { expected, found });
         }
-        let way = self.way(activation)?;
-        let way = self.active.insert(way);
-        let mut started = way.start(&self.daemon);
+        if self.daemon.is_none() {
+            self.waiting = Some(activation);
+            return Ok(());
+        }
+        let mut way = self.way(activation)?;
+        let Some(daemon) = &mut self.daemon else {
+            return Ok(());
+        };
+        let mut started = way.start(daemon);
         if started.is_ok() && std::mem::take(&mut self.moved) {
             started = way.tell_reset();
         }
         if let Err(e) = &started {
-            self.daemon.give_up(e);
-            self.reset();
+            daemon.give_up(e);
+            way.stop(daemon);
+        } else {
+            self.active = Some(way);
         }
         started
     }
 
     fn reset(&mut self) {
-        if let Some(mut way) = self.active.take() {
-            way.stop(&mut self.daemon);
+        self.waiting = None;
+        if let (Some(mut way), Some(daemon)) = (self.active.take(), &mut self.daemon) {
+            way.stop(daemon);
         }
     }
 
@@ -196,22 +235,26 @@ impl Device for Remote {
         }
     }
 
-    /// Only of a vsock engine, whose connections do not move: the guest is told that they are gone.
+    /// Only of a vsock engine, whose connections do not move: the guest is told that they are gone; and of
+    /// what no daemon has served yet.
     fn save(&mut self) -> Result<Saved, Error> {
-        if self.kind != VSOCK {
-            return Err(Error::NotSaved {
-                kind: self.kind,
-                why: "what it remembers of the guest is its daemon's",
-            });
-        }
-        let queues = match &mut self.active {
-            None => Vec::new(),
-            Some(way) => {
-                let positions = way.positions(&self.daemon);
+        let queues = match (&mut self.active, &mut self.daemon) {
+            (_, Some(_)) if self.kind != VSOCK => {
+                return Err(Error::NotSaved {
+                    kind: self.kind,
+                    why: "what it remembers of the guest is its daemon's",
+                });
+            }
+            (Some(way), Some(daemon)) => {
+                let positions = way.positions(daemon);
                 if let Err(e) = &positions {
-                    self.daemon.give_up(e);
+                    daemon.give_up(e);
                 }
                 positions?
+            }
+            _ => {
+                let queues = self.waiting.iter().flat_map(|waiting| &waiting.queues);
+                queues.map(|(queue, _)| QueueState::from(queue)).collect()
             }
         };
         Ok(Saved {
@@ -222,12 +265,12 @@ impl Device for Remote {
 
     fn restore(&mut self, state: &State) -> Result<(), Error> {
         let kind = self.kind;
-        if kind != VSOCK {
+        if kind != VSOCK && self.daemon.is_some() {
             let found = state.clone();
             return Err(Error::WrongState { kind, found });
         }
         state.expect_stateless(kind)?;
-        self.moved = true;
+        self.moved = kind == VSOCK;
         Ok(())
     }
 }
