@@ -75,6 +75,10 @@ pub(super) unsafe fn enter_jail(
     }
 }
 
+/// Takes one step of the jail.
+///
+/// # Safety
+/// As [`enter_jail`].
 unsafe fn take(step: &Step, index: usize, user: Option<(u32, u32)>) -> Result<(), Failed> {
     let there = || std::io::Error::last_os_error().raw_os_error() == Some(libc::EEXIST);
     // SAFETY: system calls on texts of the step, in a mount namespace of this process alone.

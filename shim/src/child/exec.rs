@@ -178,6 +178,9 @@ pub(super) fn check(result: impl Into<c_long>, stage: Stage, index: usize) -> Re
 }
 
 /// Returns only what failed.
+///
+/// # Safety
+/// As [`run`].
 unsafe fn carry_out(plan: &mut Plan<'_>, report: &mut RawFd) -> Failed {
     // SAFETY: forwarded from `run`.
     match unsafe { prepare(plan, report) } {
@@ -196,6 +199,10 @@ unsafe fn carry_out(plan: &mut Plan<'_>, report: &mut RawFd) -> Failed {
     }
 }
 
+/// All that comes before the program: cgroup, namespaces, jail, descriptors, limits, capabilities, user.
+///
+/// # Safety
+/// As [`run`].
 unsafe fn prepare(plan: &mut Plan<'_>, report: &mut RawFd) -> Result<(), Failed> {
     // SAFETY: system calls on memory of `plan`, in a process of one thread. The order matters: what
     // needs privileges or the old root comes before what takes them away.
@@ -272,6 +279,9 @@ unsafe fn prepare(plan: &mut Plan<'_>, report: &mut RawFd) -> Result<(), Failed>
 
 /// Gives the descriptors their numbers and marks all others to be closed at exec. First all move
 /// out of the way, so that none is overwritten before its turn.
+///
+/// # Safety
+/// As [`run`].
 unsafe fn number_fds(plan: &mut Plan<'_>, report: &mut RawFd) -> Result<(), Failed> {
     // A child is given a handful of descriptors.
     let count = c_int::try_from(plan.fds.len()).unwrap_or(c_int::MAX);
