@@ -7,7 +7,7 @@ cd "$(dirname "$(readlink -f "$0")")/../.."
 if [ "${SEALPOD_LAB:-}" != inside ] && [ -z "${SEALPOD_LAB_TESTS:-}" ]; then
     cargo build -q -p sealpod-vmm
     # Paths of the test programs, as cargo tells them.
-    SEALPOD_LAB_TESTS=$(cargo test -q --no-run --message-format=json -p sealpod-shim --test vm |
+    SEALPOD_LAB_TESTS=$(cargo test -q --no-run --message-format=json -p sealpod-shim --test vm -p sealpod-vmm --test guest |
         sed -n 's/.*"executable":"\([^"]*\/deps\/[^"]*\)".*/\1/p' | sort -u | tr '\n' ' ')
     SEALPOD_TEST_VMM=${CARGO_TARGET_DIR:-$PWD/target}/debug/sealpod-vmm
     export SEALPOD_LAB_TESTS SEALPOD_TEST_VMM

@@ -3,6 +3,7 @@
 
 pub mod confine;
 pub mod control;
+mod huge;
 pub mod machine;
 mod memfd;
 pub mod mmio;

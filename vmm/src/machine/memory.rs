@@ -3,12 +3,10 @@
 
 #![expect(
     unsafe_code,
-    reason = "mapping and advising memory has no safe interface"
+    reason = "memory that is mapped elsewhere has no safe interface"
 )]
 
-use std::ffi::c_void;
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
@@ -17,10 +15,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::Error;
 use super::layout::HOLE;
+use crate::huge;
 use crate::memfd::memfd;
-
-/// A huge page of x86-64.
-const HUGE: u64 = 2 << 20;
 
 /// Memory of `bytes`, a multiple of 1 MiB, around the hole below 4 GiB. It is the process's for good:
 /// a VMM has one guest in its life.
@@ -46,7 +42,7 @@ fn region(
 ) -> Result<GuestRegionMmap, Error> {
     let size = usize::try_from(bytes)
         .map_err(|_| Error::Memory(format!("{bytes} bytes do not fit into a process")))?;
-    let mapped = map(size, file.map(|f| (f.as_raw_fd(), offset)));
+    let mapped = huge::map(size, file.map(|f| (f.as_raw_fd(), offset)));
     let address = mapped.map_err(Error::io("map the guest's memory"))?;
     let mut builder = MmapRegionBuilder::new(size)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -54,54 +50,11 @@ fn region(
     if let Some(file) = file {
         builder = builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), offset));
     }
-    // SAFETY: `map` has just mapped `size` bytes there, and nothing ever unmaps them.
+    // SAFETY: `huge::map` has just mapped `size` bytes there, and nothing ever unmaps them.
     let mapping = unsafe { builder.with_raw_mmap_pointer(address.cast()) }.build();
     let mapping = mapping.map_err(|e| Error::Memory(e.to_string()))?;
     GuestRegionMmap::new(mapping, GuestAddress(guest))
         .ok_or_else(|| Error::Memory(format!("{bytes:#x} bytes at {guest:#x} end beyond 2^64")))
-}
-
-/// Maps `size` bytes at a multiple of [`HUGE`], of a file from an offset or of nothing.
-fn map(size: usize, file: Option<(i32, u64)>) -> io::Result<*mut c_void> {
-    let huge = HUGE as usize;
-    let reserved = size
-        .checked_add(huge)
-        .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-    let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address that the kernel chooses; the result is checked.
-    let start = unsafe {
-        let none = std::ptr::null_mut();
-        libc::mmap(none, reserved, libc::PROT_NONE, anonymous, -1, 0)
-    };
-    if start == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    let skip = start.addr().next_multiple_of(huge) - start.addr();
-    let access = libc::PROT_READ | libc::PROT_WRITE;
-    let (flags, fd, offset) = match file {
-        Some((fd, offset)) => (libc::MAP_SHARED | libc::MAP_NORESERVE, fd, offset),
-        None => (anonymous, -1, 0),
-    };
-    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    // SAFETY: the fixed address and `size` bytes after it lie within what was just reserved, which
-    // nobody else knows of; the rest of that is given back.
-    unsafe {
-        let address = start.byte_add(skip);
-        let mapped = libc::mmap(address, size, access, flags | libc::MAP_FIXED, fd, offset);
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        if skip > 0 {
-            libc::munmap(start, skip);
-        }
-        let page = size.next_multiple_of(4096);
-        libc::munmap(address.byte_add(page), reserved - skip - page);
-        // Advice; without huge pages the guest runs too.
-        libc::madvise(address, size, libc::MADV_HUGEPAGE);
-        // The guest's memory is not for core files.
-        libc::madvise(address, size, libc::MADV_DONTDUMP);
-        Ok(address)
-    }
 }
 
 #[cfg(test)]
@@ -119,7 +72,7 @@ mod tests {
                 .collect();
             assert_eq!(found, [(0, 3 << 30), (4 << 30, 2 << 30)]);
             for region in memory.iter() {
-                assert_eq!(region.as_ptr().addr() % HUGE as usize, 0);
+                assert_eq!(region.as_ptr().addr() % huge::SIZE, 0);
                 assert_eq!(region.file_offset().is_some(), shared);
                 let last = region.last_addr();
                 memory.write_obj(7_u8, last).unwrap();

@@ -18,6 +18,7 @@ use vm_memory::{
 };
 
 use super::Error;
+use crate::huge;
 
 /// Read and looked at, at a time, bytes.
 const CHUNK: usize = 1 << 20;
@@ -65,7 +66,7 @@ pub(super) fn check(regions: &[RegionState]) -> Result<(), String> {
     }
 }
 
-/// Writes all pages that are not zero.
+/// Writes all pages that are not zero, and has the kernel keep what is whole in huge pages.
 pub(super) fn write(memory: &GuestMemoryMmap, file: &File) -> io::Result<()> {
     let mut base = 0;
     let mut chunk = vec![0; CHUNK];
@@ -80,7 +81,19 @@ pub(super) fn write(memory: &GuestMemoryMmap, file: &File) -> io::Result<()> {
         }
         base += region.len();
     }
-    file.set_len(base)
+    file.set_len(base)?;
+    // A clone gets its kernel's code by a few page faults then, and all clones the same pages.
+    huge::collapse(file, base, &whole_blocks(file, base)?)
+}
+
+/// The huge pages of a file that will be mapped as a whole: holes so short that they are mapped too count as data.
+fn whole_blocks(file: &File, end: u64) -> io::Result<Vec<Range<u64>>> {
+    let huge = huge::SIZE as u64;
+    let blocks = extents(file, 0, end)?.into_iter().map(|data| {
+        let start = data.start.next_multiple_of(huge);
+        start..data.end - data.end % huge
+    });
+    Ok(blocks.filter(|block| block.start < block.end).collect())
 }
 
 /// Writes runs of pages that are not zero.

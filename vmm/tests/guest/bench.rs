@@ -20,7 +20,7 @@ const INIT: &str = "#!/bin/busybox sh\nexport PATH=/bin\n/bin/busybox --install 
 /// Bytes of a disk.
 pub(crate) const DISK: u64 = 64 << 20;
 /// Longer than anything takes in the lab.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Where things are, if this is the place for it.
 pub(crate) struct Bench {
@@ -134,17 +134,9 @@ impl Guest {
         let ended_tell = Box::new(move |end| tell.send(end).unwrap_or(()));
         let console = File::from(OwnedFd::from(theirs));
         let machine = build(console, devices(&disk), ended_tell).unwrap();
-        let (send, lines) = mpsc::channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(ours).lines() {
-                if line.is_err() || send.send(line.unwrap()).is_err() {
-                    return;
-                }
-            }
-        });
         Self {
             machine,
-            lines,
+            lines: lines(ours),
             disk,
             ended,
         }
@@ -189,6 +181,19 @@ impl Guest {
             .parse()
             .unwrap_or(0)
     }
+}
+
+/// What a console says, line by line, until it closes.
+pub(crate) fn lines(console: UnixStream) -> mpsc::Receiver<String> {
+    let (send, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(console).lines() {
+            if line.is_err() || send.send(line.unwrap()).is_err() {
+                return;
+            }
+        }
+    });
+    lines
 }
 
 /// A "newc" archive (cpio(5)) of `(name, mode, content)`.

@@ -3,5 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "a panic is a failed test")]
 
 mod bench;
+mod control;
 mod snapshot;
 mod speed;
