@@ -20,6 +20,7 @@ use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::process::{Resource, getrlimit};
 
 use crate::child::{self, Child, ChildError, Command, Exit, Jail, Watch};
+use crate::host_cgroup::Entrance;
 use crate::ledger::Ledger;
 
 /// The share, in the pod's folder.
@@ -108,15 +109,15 @@ pub struct Virtiofs {
 }
 
 impl Virtiofs {
-    /// Starts `program` (absolute) for the share that [`make_share`] made in `dir`, in the cgroup of
-    /// the open `cgroup.procs` files. Returns it with the connection that the VMM is to have.
+    /// Starts `program` (absolute) for the share that [`make_share`] made in `dir`, in
+    /// `cgroup`. Returns it with the connection that the VMM is to have.
     ///
     /// # Errors
     /// [`VirtiofsError`]; then there is no daemon.
     pub async fn start(
         program: &Path,
         dir: &Path,
-        cgroup: Vec<OwnedFd>,
+        cgroup: Entrance,
         ledger: &Ledger,
     ) -> Result<(Self, OwnedFd), VirtiofsError> {
         let socket = dir.join(SOCKET_FILE);

@@ -103,7 +103,10 @@ pub(super) struct Plan<'a> {
     moved: Vec<RawFd>,
     /// Pidfd of the parent: readable once that has ended.
     pub(super) parent: RawFd,
-    pub(super) cgroup: Vec<RawFd>,
+    /// Directory of the cgroup that it is made in.
+    pub(super) born_in: Option<RawFd>,
+    /// `cgroup.procs` files of those that it joins.
+    pub(super) joins: Vec<RawFd>,
     pub(super) netns: Option<RawFd>,
     pub(super) jail: Option<CString>,
     pub(super) steps: &'a [Step],
@@ -132,7 +135,8 @@ impl Plan<'_> {
             moved: vec![-1; fds.len()],
             fds,
             parent: -1,
-            cgroup: Vec::new(),
+            born_in: None,
+            joins: Vec::new(),
             netns: None,
             jail: None,
             steps: &[],
@@ -210,7 +214,7 @@ unsafe fn prepare(plan: &mut Plan<'_>, report: &mut RawFd) -> Result<(), Failed>
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         libc::umask(0o022);
         libc::setsid();
-        for fd in &plan.cgroup {
+        for fd in &plan.joins {
             check(
                 libc::write(*fd, c"0".as_ptr().cast(), 1) as c_long,
                 Stage::Cgroup,

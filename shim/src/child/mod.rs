@@ -29,6 +29,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
+use crate::host_cgroup::Entrance;
 use crate::ledger::{EntryId, Ledger, LedgerError, Resource};
 
 pub use jail::Jail;
@@ -105,7 +106,7 @@ pub struct Command {
     program: PathBuf,
     args: Vec<OsString>,
     fds: Vec<OwnedFd>,
-    cgroup: Vec<OwnedFd>,
+    cgroup: Entrance,
     netns: Option<OwnedFd>,
     jail: Option<Jail>,
     user: Option<(u32, u32)>,
@@ -122,7 +123,7 @@ impl Command {
             program: program.into(),
             args: Vec::new(),
             fds: Vec::new(),
-            cgroup: Vec::new(),
+            cgroup: Entrance::default(),
             netns: None,
             jail: None,
             user: None,
@@ -150,10 +151,9 @@ impl Command {
         2 + RawFd::try_from(self.fds.len()).unwrap_or(RawFd::MAX - 2)
     }
 
-    /// Open `cgroup.procs` files that the child joins, see
-    /// [`HostCgroup::procs_files`](crate::host_cgroup::HostCgroup::procs_files).
-    pub fn cgroup(&mut self, procs: Vec<OwnedFd>) -> &mut Self {
-        self.cgroup = procs;
+    /// The child's cgroup.
+    pub fn cgroup(&mut self, cgroup: Entrance) -> &mut Self {
+        self.cgroup = cgroup;
         self
     }
 

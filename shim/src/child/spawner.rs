@@ -28,6 +28,7 @@ use tokio::sync::oneshot;
 
 use super::exec::{self, Plan, Report};
 use super::{ChildError, Command};
+use crate::host_cgroup::Entrance;
 
 /// The thread makes system calls only, and so does the child, on a copy of its stack.
 const STACK: usize = 256 << 10;
@@ -36,6 +37,8 @@ const STACK: usize = 256 << 10;
 const EXEC_PATIENCE: Duration = Duration::from_secs(10);
 /// linux/sched.h: all handlers back to their defaults (Linux 5.5). `libc` has it too narrow.
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+/// linux/sched.h: in the cgroup (v2) of a descriptor (Linux 5.7).
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A child whose program runs.
@@ -139,7 +142,10 @@ fn start(command: Command) -> Result<Spawned, ChildError> {
     let env = vec![text("PATH", PATH.as_bytes())?];
     let mut plan = Plan::new(path, args, env, streams);
     plan.parent = parent.as_raw_fd();
-    plan.cgroup = command.cgroup.iter().map(AsRawFd::as_raw_fd).collect();
+    match &command.cgroup {
+        Entrance::Born(dir) => plan.born_in = Some(dir.as_raw_fd()),
+        Entrance::Joins(procs) => plan.joins = procs.iter().map(AsRawFd::as_raw_fd).collect(),
+    }
     plan.netns = command.netns.as_ref().map(AsRawFd::as_raw_fd);
     plan.jail = jail_root;
     plan.steps = command.jail.as_ref().map_or(&[], |j| &j.steps);
@@ -147,7 +153,11 @@ fn start(command: Command) -> Result<Spawned, ChildError> {
     plan.capabilities = command.capabilities;
     plan.rlimits = &command.rlimits;
 
-    let (pid, pidfd) = clone(&mut plan, report_end.as_raw_fd()).map_err(|e| stage("clone", e))?;
+    let cloning = match plan.born_in {
+        Some(_) => "clone into its cgroup",
+        None => "clone",
+    };
+    let (pid, pidfd) = clone(&mut plan, report_end.as_raw_fd()).map_err(|e| stage(cloning, e))?;
     drop(report_end);
     match read_report(report) {
         Ok(None) => Ok(Spawned { pid, pidfd, output }),
@@ -196,6 +206,10 @@ fn clone(plan: &mut Plan<'_>, report: RawFd) -> io::Result<(u32, OwnedFd)> {
     args.flags = flags;
     args.exit_signal = libc::SIGCHLD as u64;
     args.pidfd = &raw mut pidfd as u64;
+    if let Some(dir) = plan.born_in {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(dir.cast_unsigned());
+    }
     // No handler of this process may run in the child: all signals wait until it has none.
     // SAFETY: the sets are plain data that live on this stack frame.
     let mut before: libc::sigset_t = unsafe { std::mem::zeroed() };

@@ -6,18 +6,19 @@
 //! A hierarchy that cannot be written (read-only, no permission) degrades: one warning, and the pod
 //! runs without it, unless `strict`.
 
+mod entrance;
 mod path;
 mod remove;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{XattrFlags, setxattr};
 
 use crate::ledger::{EntryId, Ledger, LedgerError, Resource};
 
+pub use entrance::Entrance;
 pub use path::relative_path;
 pub use remove::{kill_all, remove};
 
@@ -136,39 +137,12 @@ impl HostCgroup {
         &self.degraded
     }
 
-    /// Moves process `pid` (0: the caller), with all its threads, into the cgroup.
+    /// Where a child comes in.
     ///
     /// # Errors
-    /// [`CgroupError::Io`] for the first hierarchy that refuses; the others are joined all the same.
-    pub fn join(&self, pid: u32) -> Result<(), CgroupError> {
-        let mut first = Ok(());
-        for dir in &self.dirs {
-            let joined = write(&dir.join("cgroup.procs"), &pid.to_string());
-            first = first.and(joined.map_err(|source| CgroupError::Io {
-                path: dir.clone(),
-                action: "joined",
-                source,
-            }));
-        }
-        first
-    }
-
-    /// The open `cgroup.procs` files, for a child that joins by writing `0` to each.
-    ///
-    /// # Errors
-    /// [`CgroupError::Io`] when one cannot be opened.
-    pub fn procs_files(&self) -> Result<Vec<OwnedFd>, CgroupError> {
-        let open = |dir: &PathBuf| {
-            let file = OpenOptions::new()
-                .write(true)
-                .open(dir.join("cgroup.procs"));
-            file.map(OwnedFd::from).map_err(|source| CgroupError::Io {
-                path: dir.clone(),
-                action: "joined",
-                source,
-            })
-        };
-        self.dirs.iter().map(open).collect()
+    /// [`CgroupError::Io`] when a directory or its `cgroup.procs` cannot be opened.
+    pub fn entrance(&self) -> Result<Entrance, CgroupError> {
+        Entrance::of(&self.dirs)
     }
 
     /// Moves the caller out (to the hierarchy's root), kills whatever is left inside and removes
@@ -189,6 +163,23 @@ impl HostCgroup {
         first?;
         Ok(self.ledger.release(self.entry)?)
     }
+}
+
+/// Moves process `pid` (0: the caller), with all its threads, into a cgroup's directories.
+///
+/// # Errors
+/// [`CgroupError::Io`] for the first hierarchy that refuses; the others are joined all the same.
+pub fn join(dirs: &[PathBuf], pid: u32) -> Result<(), CgroupError> {
+    let mut first = Ok(());
+    for dir in dirs {
+        let joined = write(&dir.join("cgroup.procs"), &pid.to_string());
+        first = first.and(joined.map_err(|source| CgroupError::Io {
+            path: dir.clone(),
+            action: "joined",
+            source,
+        }));
+    }
+    first
 }
 
 /// Mount points of all cgroup hierarchies, v1 (co-mounted controllers once) and v2.

@@ -48,7 +48,7 @@ fn a_pods_cgroup_holds_its_processes_and_goes_with_them_and_its_empty_parents() 
     let b = HostCgroup::create(&format!("/{top}/x/b"), "b", &ledger, true).unwrap();
     assert!(a.degraded().is_empty());
     let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-    a.join(child.id()).unwrap();
+    join(a.dirs(), child.id()).unwrap();
     for dir in a.dirs() {
         let procs = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap();
         assert_eq!(procs.trim(), child.id().to_string(), "{}", dir.display());
@@ -98,7 +98,7 @@ fn a_process_that_keeps_forking_is_killed_with_all_its_children() {
         .stdin(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    a.join(child.id()).unwrap();
+    join(a.dirs(), child.id()).unwrap();
     child.stdin.take().unwrap().write_all(b"go\n").unwrap();
     while std::fs::read_to_string(a.dirs()[0].join("cgroup.procs"))
         .unwrap()

@@ -25,7 +25,7 @@ use crate::{
     config::{self, Config},
     error::{Error, Kind, Result},
     guest::{Dialled, Guest},
-    host_cgroup::HostCgroup,
+    host_cgroup::{self, HostCgroup},
     ledger::Ledger,
     network::{PodNetns, PodNetwork, TapNic, portforward::PortForward},
     podfile::PodFile,
@@ -167,9 +167,10 @@ pub(super) async fn boot(
     }
 
     // Neither needs the other.
-    let procs = cgroup.procs_files().map_err(|e| failed(&e))?;
+    let entrance = cgroup.entrance().map_err(|e| failed(&e))?;
     let devices = async {
-        let started = Virtiofs::start(&plan.config.hypervisor.virtiofsd, dir, procs, ledger).await;
+        let started =
+            Virtiofs::start(&plan.config.hypervisor.virtiofsd, dir, entrance, ledger).await;
         let (virtiofsd, share) = started.map_err(|e| failed(&e))?;
         taken.virtiofsd = Some(virtiofsd);
         let taps = network.attach().await.map_err(|e| failed(&e))?;
@@ -178,12 +179,10 @@ pub(super) async fn boot(
     let restored = template::restored(pod, &plan, &config, ledger);
     let (restored, devices) = tokio::join!(restored, devices);
     let (share, nics): (_, Vec<_>) = devices?;
-    let strict = plan.config.runtime.strict_cgroup;
     let (vm, guest, hello) = match template::with_devices(restored, &share, &nics).await {
         Some((vm, guest, hello)) => {
             let vm = taken.vm.insert(vm);
             pod.timeline.mark(Mark::VmCreated);
-            join(cgroup, strict)?;
             (vm, guest, hello)
         }
         None => {
@@ -193,14 +192,17 @@ pub(super) async fn boot(
             let started = driver.start(config, ledger).await;
             let vm = taken.vm.insert(started.map_err(|e| failed(&e))?);
             pod.timeline.mark(Mark::VmCreated);
-            join(cgroup, strict)?;
             let (guest, hello) = first::answer(vm.as_ref(), dialled, plan.boot_limit()).await?;
             (vm, guest, hello)
         }
     };
     pod.timeline.vm(&vm.marks());
     mark_guest_times(pod, &hello);
-    first::set_up(&guest, request, network, &attested).await?;
+    let set_up = first::set_up(&guest, request, network, &attested);
+    let strict = plan.config.runtime.strict_cgroup;
+    let (set_up, joined) = tokio::join!(set_up, join(cgroup, strict));
+    set_up?;
+    joined?;
     pod.timeline.mark(Mark::SetUp);
     pod.put_up_gate(attested, std::mem::take(&mut taken.withheld));
     taken.port_forward = port_forward(network, &guest).await;
@@ -250,7 +252,7 @@ fn vm_config(
         nics: Vec::new(),
         passed: Vec::new(),
         netns: Some(netns),
-        cgroup: cgroup.procs_files().map_err(|e| failed(&e))?,
+        cgroup: cgroup.entrance().map_err(|e| failed(&e))?,
         hotplug_ports: plan.hotplug_ports,
         accelerator: plan.accelerator,
         confidential: plan.confidential.clone(),
@@ -287,9 +289,12 @@ fn cgroup(pod: &Pod, ledger: &Ledger, request: &BootRequest, plan: &Plan) -> Res
     cgroup.map_err(|e| failed(&e))
 }
 
-/// The shim is of the pod too. While the guest boots: a move waits for every processor of the host.
-fn join(cgroup: &HostCgroup, strict: bool) -> Result<()> {
-    match cgroup.join(std::process::id()) {
+/// The shim is of the pod too. Off the runtime's thread, while the guest has something to do: a move waits for every
+/// processor of the host, 8 to 20 ms.
+async fn join(cgroup: &HostCgroup, strict: bool) -> Result<()> {
+    let dirs = cgroup.dirs().to_vec();
+    let joining = tokio::task::spawn_blocking(move || host_cgroup::join(&dirs, std::process::id()));
+    match joining.await.map_err(|e| failed(&e))? {
         Err(e) if strict => Err(failed(&e)),
         Err(e) => {
             tracing::warn!("{}", crate::error::chain(&e));

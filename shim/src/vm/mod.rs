@@ -34,6 +34,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::child::{ChildError, Exit};
+use crate::host_cgroup::Entrance;
 use crate::ledger::{Ledger, LedgerError};
 
 pub use builtin::Builtin;
@@ -99,8 +100,8 @@ pub struct VmConfig {
     pub passed: Vec<Passed>,
     /// Network namespace in which the VMM runs.
     pub netns: Option<OwnedFd>,
-    /// Open `cgroup.procs` files that the VMM joins.
-    pub cgroup: Vec<OwnedFd>,
+    /// The VMM's cgroup.
+    pub cgroup: Entrance,
     /// Devices that can be added while it runs; each costs boot time.
     pub hotplug_ports: u32,
     /// What executes the guest's instructions.

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use sealpod_shim::host_cgroup::Entrance;
 use sealpod_shim::ledger::{Ledger, clean};
 use sealpod_shim::vm::{
     Builtin, Driver, Qemu, Vm, VmConfig, VmExit, choose_accelerator, find_program,
@@ -139,7 +140,7 @@ impl Bench {
             nics: Vec::new(),
             passed: Vec::new(),
             netns: None,
-            cgroup: Vec::new(),
+            cgroup: Entrance::default(),
             hotplug_ports: 1,
             accelerator: choose_accelerator(None, self.base.path()),
             confidential: None,

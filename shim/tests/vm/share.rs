@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sealpod_shim::child::Exit;
+use sealpod_shim::host_cgroup::Entrance;
 use sealpod_shim::ledger::{Ledger, clean};
 use sealpod_shim::virtiofs::{Virtiofs, make_share};
 use sealpod_shim::vm::{ExitReason, Vm};
@@ -78,7 +79,7 @@ async fn mounts_made_later_reach_the_daemon_and_it_sees_nothing_else() {
     );
 
     let program = virtiofsd().unwrap();
-    let (daemon, client) = Virtiofs::start(&program, &dir, Vec::new(), &ledger)
+    let (daemon, client) = Virtiofs::start(&program, &dir, Entrance::default(), &ledger)
         .await
         .unwrap();
     // It changes its root once it has started; then its root is the share.
@@ -148,7 +149,7 @@ async fn a_killed_daemon_is_seen_and_leaves_nothing() {
     let ledger = Ledger::open(&dir).unwrap();
     let share = make_share(&dir).unwrap();
     let program = virtiofsd().unwrap();
-    let (daemon, _client) = Virtiofs::start(&program, &dir, Vec::new(), &ledger)
+    let (daemon, _client) = Virtiofs::start(&program, &dir, Entrance::default(), &ledger)
         .await
         .unwrap();
     run("kill", &["-9", &daemon.pid().to_string()]);
@@ -193,7 +194,7 @@ async fn a_guest_sees_what_the_host_changes_and_the_host_what_the_guest_writes()
     std::os::unix::fs::symlink("/etc/passwd", share.join("escape")).unwrap();
 
     let program = virtiofsd().unwrap();
-    let (daemon, client) = Virtiofs::start(&program, &dir, Vec::new(), &bench.ledger)
+    let (daemon, client) = Virtiofs::start(&program, &dir, Entrance::default(), &bench.ledger)
         .await
         .unwrap();
     let vm: Arc<dyn Vm> = bench.start_guest(|c| c.share = Some(client)).await;
@@ -248,15 +249,15 @@ async fn when_the_shim_is_killed_everything_goes() {
     let group = format!("/sealpod-killed-{}/pod", std::process::id());
     let cgroup = sealpod_shim::host_cgroup::HostCgroup::create(&group, "x", &ledger, true).unwrap();
     let program = virtiofsd().unwrap();
-    let procs = cgroup.procs_files().unwrap();
-    let (daemon, client) = Virtiofs::start(&program, &dir, procs, &ledger)
+    let entrance = cgroup.entrance().unwrap();
+    let (daemon, client) = Virtiofs::start(&program, &dir, entrance, &ledger)
         .await
         .unwrap();
     let mut config = bench.config("");
     config.kernel_params.clear();
     config.dir = dir;
     config.share = Some(client);
-    config.cgroup = cgroup.procs_files().unwrap();
+    config.cgroup = cgroup.entrance().unwrap();
     let vm = crate::bench::driver().start(config, &ledger);
     let vm = vm.await.unwrap();
     bench::line(&vm, "up").await;

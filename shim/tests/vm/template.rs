@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sealpod_protocol::agent::{CreateContainerRequest, SetupSandboxRequest};
 use sealpod_protocol::streams::{Header, Stdio};
 use sealpod_shim::guest::{Dialled, Guest};
+use sealpod_shim::host_cgroup::Entrance;
 use sealpod_shim::ledger::{Ledger, clean};
 use sealpod_shim::network::{PodNetns, PodNetwork};
 use sealpod_shim::virtiofs::{Virtiofs, make_share};
@@ -59,7 +60,7 @@ impl Bench {
             passed: Vec::new(),
             confidential: None,
             netns: None,
-            cgroup: Vec::new(),
+            cgroup: Entrance::default(),
             hotplug_ports: 1,
             accelerator: Accelerator::Kvm,
             user: 64_777,
@@ -107,7 +108,7 @@ impl Pod {
         eprintln!("{name}: agent answered after {:?}", begin.elapsed());
         let share = make_share(ledger.dir()).unwrap();
         let program = virtiofsd().unwrap();
-        let daemon = Virtiofs::start(&program, ledger.dir(), Vec::new(), &ledger);
+        let daemon = Virtiofs::start(&program, ledger.dir(), Entrance::default(), &ledger);
         let (daemon, client) = daemon.await.unwrap();
         let outside = PodNetns::create().await.unwrap();
         let netns = PodNetns::create().await.unwrap();

@@ -167,7 +167,7 @@ pub(super) mod tests {
             passed: Vec::new(),
             confidential: None,
             netns: None,
-            cgroup: Vec::new(),
+            cgroup: crate::host_cgroup::Entrance::default(),
             hotplug_ports: 0,
             accelerator: Accelerator::Kvm,
             user: 1,

@@ -27,6 +27,7 @@ use sealpod_vmm::snapshot::Files;
 use super::builtin::{Begin, Machine, cmdline, launch};
 use super::{Nic, VSOCK_FILE, Vm, VmConfig, VmError};
 use crate::guest::{Dialled, Guest, GuestError};
+use crate::host_cgroup::Entrance;
 use crate::ledger::{Ledger, LedgerError, Resource, remove_tree};
 use crate::network::{NetnsError, PodNetns};
 use about::About;
@@ -178,13 +179,12 @@ fn give_up(store: &Store, lock: Option<Lock>, name: &str, why: &TemplateError) {
 
 /// The same VM, without share and network devices, with descriptors of its own.
 fn without_devices(config: &VmConfig) -> Result<VmConfig, TemplateError> {
-    let copy = |fd: &OwnedFd| {
-        fd.try_clone().map_err(|source| TemplateError::Host {
-            action: "copy a descriptor of",
-            path: config.dir.clone(),
-            source,
-        })
+    let failed = |source| TemplateError::Host {
+        action: "copy a descriptor of",
+        path: config.dir.clone(),
+        source,
     };
+    let copy = |fd: &OwnedFd| fd.try_clone().map_err(failed);
     Ok(VmConfig {
         dir: config.dir.clone(),
         program: config.program.clone(),
@@ -196,7 +196,7 @@ fn without_devices(config: &VmConfig) -> Result<VmConfig, TemplateError> {
         passed: Vec::new(),
         confidential: None,
         netns: config.netns.as_ref().map(copy).transpose()?,
-        cgroup: (config.cgroup.iter()).map(copy).collect::<Result<_, _>>()?,
+        cgroup: config.cgroup.try_clone().map_err(failed)?,
         ..*config
     })
 }
@@ -216,7 +216,7 @@ async fn make(
     config.hotplug_ports = about.spare_slots();
     // Neither the pod's network nor its share of memory: others use what is made here.
     config.netns = Some(netns(&config).await?);
-    config.cgroup.clear();
+    config.cgroup = Entrance::default();
     let host = |action| {
         let path = config.dir.clone();
         move |source| TemplateError::Host {
