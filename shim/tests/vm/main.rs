@@ -153,9 +153,9 @@ async fn disks_come_and_go_while_the_guest_runs() {
     let script = "echo up
         until [ -e /dev/vda ]; do look; sleep 0.05; done
         cat /sys/block/vda/serial; echo; dd if=/dev/vda bs=5 count=1 2>/dev/null; echo
-        echo there > /dev/vda; sync; echo written; let_go vda
+        echo there > /dev/vda; sync; echo written; let_go vda; echo free
         while [ -e /dev/vda ]; do sleep 0.05; done; echo gone
-        until blockdev --getro /dev/vda 2>/dev/null | grep 1; do let_go vda; look; sleep 0.05; done
+        until blockdev --getro /dev/vda 2>/dev/null | grep 1; do look; sleep 0.05; done
         echo end > /dev/vda || echo refused; reboot -f";
     let Some(bench) = Bench::with_guest(script) else {
         return;
@@ -181,16 +181,10 @@ async fn disks_come_and_go_while_the_guest_runs() {
     };
     let full = vm.add_disk(other).await.unwrap_err();
     assert!(matches!(full, VmError::NoPort { ports: 1 }), "{full}");
-    bench::line(&vm, "written").await;
+    // sealpod-vmm cannot ask the guest for it; this one lets go of it by itself.
+    bench::line(&vm, "free").await;
     let start = Instant::now();
-    // sealpod-vmm cannot ask the guest for it; this one lets go of it by itself, again and again.
-    while let Err(e) = vm.remove_disk(&volume.serial).await {
-        assert!(
-            bench::builtin().is_some() && start.elapsed() < bench::PATIENCE,
-            "{e}"
-        );
-        assert!(matches!(e, VmError::Refused { .. }), "{e}");
-    }
+    vm.remove_disk(&volume.serial).await.unwrap();
     bench::line(&vm, "gone").await;
     eprintln!("disk removed after {:?}", start.elapsed());
     assert!(std::fs::read(&disk).unwrap().starts_with(b"there"));

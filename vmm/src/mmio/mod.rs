@@ -41,6 +41,7 @@ pub const INTERRUPT_ACK: u64 = 0x64;
 const READABLE: [u64; 8] = [0x00, 0x04, 0x08, 0x0c, 0x10, 0x34, 0x44, 0x70];
 
 /// Status bits (section 2.1).
+const ACKNOWLEDGE: u32 = 1;
 const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
 const NEEDS_RESET: u32 = 64;
@@ -120,10 +121,11 @@ impl Transport {
         self.kicks.len()
     }
 
-    /// Whether a driver has begun to use what is plugged in.
+    /// Whether a driver uses what is plugged in, or has begun to. A guest whose driver has gone says ACKNOWLEDGE
+    /// again: it knows of the device, and does nothing with it.
     #[must_use]
     pub fn is_driven(&self) -> bool {
-        self.status != 0
+        self.status & !ACKNOWLEDGE != 0
     }
 
     /// Plugs a device into an empty slot; returns whether it has few enough queues.

@@ -83,3 +83,16 @@ fn a_change_of_the_configuration_is_shown_until_the_driver_has_seen_it() {
 fn lock_balloon(device: &Mutex<Balloon>) -> std::sync::MutexGuard<'_, Balloon> {
     device.lock().expect("lock")
 }
+
+#[test]
+fn a_device_is_driven_from_the_drivers_first_word_until_it_has_let_go() {
+    let (mut slot, ..) = balloon();
+    assert!(!slot.is_driven());
+    // ACKNOWLEDGE, then DRIVER; a driver that goes resets, and Linux acknowledges again.
+    for (status, driven) in [(1, false), (2, true), (0, false), (1, false)] {
+        write(&mut slot, STATUS, status);
+        assert_eq!(slot.is_driven(), driven, "{status}");
+    }
+    assert!(slot.unplug().is_some());
+    assert!(!slot.is_driven());
+}
