@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use libfuzzer_sys::fuzz_target;
 use sealpod_vmm::virtio::{
     Activation, Balloon, Block, Device, EventLoop, Interrupt, Memory, Net, NetConfig, Rng,
+    prepare_thread,
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -72,7 +73,17 @@ fn net(wire: &Wire) -> Net {
     Net::new(vec![wire.tap()], config).expect("a device")
 }
 
+/// Disks do several requests at once, where the kernel can.
+fn deep() {
+    static DEEP: OnceLock<()> = OnceLock::new();
+    DEEP.get_or_init(|| match prepare_thread() {
+        Ok(()) => {}
+        Err(e) => eprintln!("disks are fuzzed with one request after the other: {e}"),
+    });
+}
+
 fuzz_target!(|data: &[u8]| {
+    deep();
     let Some((choice, data)) = data.split_first() else {
         return;
     };

@@ -126,6 +126,8 @@ const DEVICES: &[Rule] = &[
     rule!(SYS_fdatasync),
     rule!(SYS_fallocate),
     rule!(SYS_pwrite64),
+    // Several requests at once, by a ring that can do nothing but read and write.
+    rule!(SYS_io_uring_enter),
     // Whoever drops a device last closes what it had, and looks first whether that is open.
     #[cfg(debug_assertions)]
     rule!(SYS_fcntl, Only::One(1, &[F_GETFD])),

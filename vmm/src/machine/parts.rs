@@ -8,8 +8,8 @@ use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::bus::Bus;
-use super::serving::Serving;
+use super::bus::{Bus, lock};
+use super::serving::{Serving, is_disk};
 use super::vcpu::Vcpus;
 use super::{End, Error, Machine, layout, serial};
 use crate::confine::{self, May};
@@ -83,7 +83,8 @@ impl Parts {
             ended(end);
         };
         let vcpus = Vcpus::start(self.cpus, &self.bus, confined, ended)?;
-        self.serving.start(confined)?;
+        let disks = (self.bus.slots.iter()).any(|slot| lock(slot).device().is_none_or(is_disk));
+        self.serving.start(disks, confined)?;
         if let Some(may) = confined {
             confine::thread(confine::Thread::Main, may)?;
         }

@@ -6,7 +6,7 @@ use std::thread;
 
 use super::{Error, lock_device};
 use crate::confine::{self, May};
-use crate::virtio::{Device, EventLoop, Watch};
+use crate::virtio::{self, Device, EventLoop, Watch};
 
 /// Type of block devices (VIRTIO 1.2, section 5).
 const BLOCK: u32 = 2;
@@ -31,12 +31,18 @@ impl Serving {
         })
     }
 
-    /// Starts the threads; returns when they are confined, if they are to be.
-    pub(super) fn start(&self, confined: Option<May>) -> Result<(), Error> {
+    /// Starts the threads, with what disks need if there may be any; returns when they are confined, if they are to be.
+    pub(super) fn start(&self, disks: bool, confined: Option<May>) -> Result<(), Error> {
         let (tell, told) = mpsc::channel();
-        for (name, events) in [("disks", &self.disks), ("devices", &self.others)] {
+        for (name, events, deep) in [
+            ("disks", &self.disks, disks),
+            ("devices", &self.others, false),
+        ] {
             let (events, tell) = (Arc::clone(events), tell.clone());
             let body = move || {
+                if deep && let Err(e) = virtio::prepare_thread() {
+                    tracing::info!("Disks do one request after the other, without io_uring: {e}");
+                }
                 let ready = match confined {
                     Some(may) => confine::thread(confine::Thread::Devices, may),
                     None => Ok(()),
@@ -89,15 +95,19 @@ impl Serving {
     }
 
     fn of(&self, device: &Shared) -> &EventLoop {
-        match lock_device(device).kind() {
-            BLOCK => &self.disks,
-            _ => &self.others,
+        match is_disk(device) {
+            true => &self.disks,
+            false => &self.others,
         }
     }
 
     fn both(&self) -> impl Iterator<Item = &EventLoop> {
         [&*self.disks, &*self.others].into_iter()
     }
+}
+
+pub(super) fn is_disk(device: &Shared) -> bool {
+    lock_device(device).kind() == BLOCK
 }
 
 #[cfg(test)]
@@ -146,7 +156,7 @@ mod tests {
     #[test]
     fn nobody_waits_for_a_slow_disk_but_another_disk() {
         let serving = Serving::new().unwrap();
-        serving.start(None).unwrap();
+        serving.start(true, None).unwrap();
         let (say, said) = mpsc::channel();
         let (mut ends, mut kicks) = (Vec::new(), Vec::new());
         let mut kick = |kind| {

@@ -29,7 +29,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use balloon::Balloon;
-pub use block::Block;
+pub use block::{Block, prepare_thread};
 pub use buffers::{Buffers, MAX_PIECES, TooManyPieces};
 pub use event_loop::{Attached, EventLoop, Watch};
 pub use net::{Net, NetConfig, open_tap};

@@ -145,7 +145,10 @@ fn balloon_survives_a_senseless_driver() {
 
 #[test]
 fn block_survives_a_senseless_driver_and_a_read_only_disk_is_never_changed() {
-    for readonly in [true, false] {
+    for (readonly, deep) in [(true, false), (false, false), (true, true), (false, true)] {
+        if deep && !crate::block_deep::deep() {
+            return;
+        }
         let file = disk();
         let copy = file.try_clone().unwrap();
         torment(Block::new(file, readonly, "d").unwrap(), 3, |guest| {
@@ -283,6 +286,7 @@ fn a_daemon_that_a_senseless_driver_keeps_busy_is_an_error_and_not_a_hang() {
 
 #[test]
 fn requests_with_random_content_are_all_answered() {
+    crate::block_deep::deep();
     let mut guest = Machine::new(Block::new(disk(), false, "d").unwrap());
     let mut random = Random(5);
     for _ in 0..5000 {

@@ -4,6 +4,7 @@
 
 mod balloon;
 mod block;
+mod block_deep;
 mod confined;
 mod driver;
 mod event_loop;

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use super::SECTOR;
@@ -73,6 +73,10 @@ impl Disk {
 
     pub(super) fn serial(&self) -> &[u8] {
         &self.serial
+    }
+
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     pub(super) fn write_through(&mut self, wanted: bool) {

@@ -46,32 +46,127 @@ impl From<io::Error> for Refusal {
     }
 }
 
-/// Does a request; returns how many bytes of the chain count as written: up to the status, which is
-/// last, even where nothing came before it.
-pub(super) fn handle(disk: &Disk, mut chain: Chain<'_>) -> u32 {
-    let length = u32::try_from(chain.writable.len()).unwrap_or(u32::MAX);
-    let status = chain.writable.split_back(1);
-    if status.is_empty() {
-        return 0; // nowhere to say what became of it: nothing does
-    }
-    let code = match perform(disk, &mut chain.readable, &chain.writable) {
-        Ok(()) => OK,
-        Err(Refusal::Failed) => IOERR,
-        Err(Refusal::Unsupported) => UNSUPP,
-    };
-    status.write(&[code]);
-    length
+/// What a chain asks for.
+pub(super) enum Asked<'a> {
+    /// To move bytes between guest and disk, which can take its time.
+    Transfer(Transfer<'a>),
+    /// Something else, or nothing that can be. It is done; so many bytes of the chain count as written.
+    Done(u32),
 }
 
-fn perform(disk: &Disk, said: &mut Buffers<'_>, room: &Buffers<'_>) -> Result<(), Refusal> {
+/// Where the guest is told what became of its request.
+struct Status<'a> {
+    place: Buffers<'a>,
+    /// Bytes of the chain that count as written: up to the status, which is last, even where nothing came before it.
+    length: u32,
+}
+
+impl Status<'_> {
+    fn tell(self, result: Result<(), Refusal>) -> u32 {
+        let code = match result {
+            Ok(()) => OK,
+            Err(Refusal::Failed) => IOERR,
+            Err(Refusal::Unsupported) => UNSUPP,
+        };
+        self.place.write(&[code]);
+        self.length
+    }
+}
+
+/// A read or a write that is checked and not done.
+pub(super) struct Transfer<'a> {
+    write: bool,
+    data: Buffers<'a>,
+    offset: u64,
+    status: Status<'a>,
+}
+
+impl<'a> Transfer<'a> {
+    /// To the disk.
+    pub(super) fn is_write(&self) -> bool {
+        self.write
+    }
+
+    /// The guest's memory.
+    pub(super) fn data(&self) -> &Buffers<'a> {
+        &self.data
+    }
+
+    /// On the disk, bytes.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Does it; returns how many bytes of the chain count as written.
+    pub(super) fn perform(self, disk: &Disk) -> u32 {
+        self.finish(disk, Ok(0))
+    }
+
+    /// Does the rest of one of which the kernel has moved so many bytes.
+    pub(super) fn finish(mut self, disk: &Disk, moved: io::Result<usize>) -> u32 {
+        let moved = match moved {
+            Err(e) if !matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {
+                return self.status.tell(Err(e.into()));
+            }
+            moved => moved.unwrap_or(0),
+        };
+        self.data.split_front(moved);
+        let offset = self.offset + moved as u64; // within the disk, as its end is
+        let done = match self.write {
+            true => disk.write(&self.data, offset),
+            false => disk.read(&self.data, offset),
+        };
+        self.status.tell(done.map_err(Refusal::from))
+    }
+}
+
+/// Does a request; returns how many bytes of the chain count as written.
+pub(super) fn handle(disk: &Disk, chain: Chain<'_>) -> u32 {
+    match ask(disk, chain) {
+        Asked::Transfer(transfer) => transfer.perform(disk),
+        Asked::Done(length) => length,
+    }
+}
+
+/// Finds out what a chain asks for, and does it if it is no transfer.
+pub(super) fn ask<'a>(disk: &Disk, mut chain: Chain<'a>) -> Asked<'a> {
+    let length = u32::try_from(chain.writable.len()).unwrap_or(u32::MAX);
+    let place = chain.writable.split_back(1);
+    if place.is_empty() {
+        return Asked::Done(0); // nowhere to say what became of it: nothing does
+    }
+    let status = Status { place, length };
     let mut header = [0; HEADER];
-    if said.split_front(HEADER).read(&mut header) != HEADER {
-        return Err(Refusal::Failed);
+    if chain.readable.split_front(HEADER).read(&mut header) != HEADER {
+        return Asked::Done(status.tell(Err(Refusal::Failed)));
     }
     let (kind, sector) = (u32_at(&header, 0), u64_at(&header, 8));
+    let (write, data) = match kind {
+        IN => (false, chain.writable),
+        OUT => (true, chain.readable),
+        _ => {
+            let result = perform(disk, kind, &chain.readable, &chain.writable);
+            return Asked::Done(status.tell(result));
+        }
+    };
+    let checked = match write && disk.readonly() {
+        true => Err(Refusal::Failed),
+        false => range(disk, sector, data.len()),
+    };
+    match checked {
+        Ok(offset) => Asked::Transfer(Transfer {
+            write,
+            data,
+            offset,
+            status,
+        }),
+        Err(refusal) => Asked::Done(status.tell(Err(refusal))),
+    }
+}
+
+/// Does what is no transfer.
+fn perform(disk: &Disk, kind: u32, said: &Buffers<'_>, room: &Buffers<'_>) -> Result<(), Refusal> {
     match kind {
-        IN => disk.read(room, range(disk, sector, room.len())?)?,
-        OUT => disk.write(said, range(disk, sector, said.len())?)?,
         FLUSH => disk.flush()?,
         GET_ID => {
             let mut id = [0; ID];
