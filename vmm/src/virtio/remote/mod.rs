@@ -162,16 +162,6 @@ impl Remote {
             moved: false,
         }
     }
-
-    fn way(&self, activation: Activation) -> Result<Box<dyn Way>, Error> {
-        let served = self.room.len();
-        let Some(window) = &self.window else {
-            let features = self.features() & activation.features;
-            return Ok(Box::new(Direct::new(activation, features, served)));
-        };
-        let relay = Relay::new(self.kind, self.queue_sizes, &self.room, window, activation)?;
-        Ok(Box::new(relay))
-    }
 }
 
 impl Device for Remote {
@@ -201,13 +191,20 @@ impl Device for Remote {
         if found != expected {
             return Err(Error::Queues { expected, found });
         }
-        if self.daemon.is_none() {
+        let offered = self.features();
+        let Some(daemon) = &mut self.daemon else {
             self.waiting = Some(activation);
             return Ok(());
-        }
-        let mut way = self.way(activation)?;
-        let Some(daemon) = &mut self.daemon else {
-            return Ok(());
+        };
+        let mut way: Box<dyn Way> = match &self.window {
+            None => {
+                let features = offered & activation.features;
+                Box::new(Direct::new(activation, features, self.room.len()))
+            }
+            Some(window) => {
+                let (kind, sizes) = (self.kind, self.queue_sizes);
+                Box::new(Relay::new(kind, sizes, &self.room, window, activation)?)
+            }
         };
         let mut started = way.start(daemon);
         if started.is_ok() && std::mem::take(&mut self.moved) {
