@@ -31,6 +31,8 @@ const PROGRAMS: [(&str, &str); 4] = [
 const FURTHER: u32 = 3;
 /// A guest reports freed memory within this; in the lab everything is slower.
 const REPORTED: Duration = Duration::from_secs(15);
+/// Starts of one side that may fail: a guest of the lab can reset itself (docs/lab.md). They are told, counted, and tried again.
+const FAILURES: u32 = 2;
 /// Pods whose memory shrinks by less are idle.
 const SETTLED_KIB: u64 = 512;
 
@@ -43,6 +45,7 @@ struct Side {
     first_output: Vec<f64>,
     exit: Vec<f64>,
     exec: Vec<f64>,
+    failed_starts: u32,
     /// What the shim noted of each start, ms after the pod was asked for.
     marks: BTreeMap<String, Vec<f64>>,
 }
@@ -56,6 +59,7 @@ impl Side {
             first_output: Vec::new(),
             exit: Vec::new(),
             exec: Vec::new(),
+            failed_starts: 0,
             marks: BTreeMap::new(),
         }
     }
@@ -63,9 +67,18 @@ impl Side {
     /// One round; the first, 0, warms caches and makes the template, and is not counted.
     fn round(&mut self, env: &Env, round: usize) -> Result<()> {
         use_templates(env, self.template)?;
-        forget_the_last_guest();
-        let id = env.id(&format!("{}{round}", self.name));
-        let (first, exit) = start(env, self.runtime, &id)?;
+        let (first, exit) = loop {
+            forget_the_last_guest();
+            let id = env.id(&format!("{}{round}-{}", self.name, self.failed_starts));
+            match start(env, self.runtime, &id) {
+                Ok(times) => break times,
+                Err(e) if self.failed_starts < FAILURES => {
+                    self.failed_starts += 1;
+                    eprintln!("{}: a start failed, and is tried again: {e:#}", self.name);
+                }
+                Err(e) => return Err(e),
+            }
+        };
         let exec = exec(env, &env.id(self.name), round)?;
         forget_the_last_guest();
         let marks = (self.runtime == SEALPOD_RUNTIME).then(|| timeline(env));
@@ -89,7 +102,8 @@ impl Side {
 
     fn report(&self) -> Value {
         let mut report = json!({ "run_to_first_output": summary(&self.first_output),
-            "run_to_exit": summary(&self.exit), "exec": summary(&self.exec) });
+            "run_to_exit": summary(&self.exit), "exec": summary(&self.exec),
+            "failed_starts": self.failed_starts });
         if !self.marks.is_empty() {
             let marks = self.marks.iter().map(|(mark, at)| (mark, summary(at)));
             report["after_the_request"] = marks.collect();
