@@ -4,6 +4,8 @@ use super::*;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
+use crate::child;
+
 fn root_or_skip() -> bool {
     let ok = rustix::process::geteuid().is_root() && !hierarchies().is_empty();
     if !ok {
@@ -113,4 +115,66 @@ fn a_process_that_keeps_forking_is_killed_with_all_its_children() {
     assert!(report.is_clean(), "{report:?}");
     child.wait().unwrap();
     assert!(a.dirs().iter().all(|d| !d.exists()));
+}
+
+/// A child of the shim's that stays.
+async fn child(entrance: Entrance, ledger: &Ledger) -> child::Child {
+    let mut command = child::Command::new("test", Path::new("/bin/sh"));
+    command.args(["-c", "exec sleep 1000"]);
+    command.cgroup(entrance);
+    child::spawn(command, ledger).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_child_is_in_its_cgroup_before_its_program_runs() {
+    if !root_or_skip() {
+        return;
+    }
+    let (_base, ledger) = ledger();
+    let top = format!("sealpod-test-child-{}", std::process::id());
+    let cgroup = HostCgroup::create(&format!("/{top}"), "a", &ledger, true).unwrap();
+    let child = child(cgroup.entrance().unwrap(), &ledger).await;
+    for dir in cgroup.dirs() {
+        let procs = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap();
+        assert_eq!(procs.trim(), child.pid().to_string(), "{}", dir.display());
+    }
+    drop(child);
+    cgroup.remove().unwrap();
+}
+
+/// Also where the machine itself has cgroup v1.
+#[tokio::test]
+async fn a_child_is_made_in_a_cgroup_of_v2() {
+    let base = tempfile::tempdir().unwrap();
+    let point = base.path();
+    let mount = |program: &str, args: &[&str]| {
+        let done = Command::new(program).args(args).arg(point).status();
+        done.is_ok_and(|status| status.success())
+    };
+    if !mount("mount", &["-t", "cgroup2", "none"]) {
+        eprintln!("SKIPPED: needs root and cgroup v2");
+        return;
+    }
+    let (_base, ledger) = ledger();
+    let dir = point.join(format!("sealpod-test-born-{}", std::process::id()));
+    std::fs::create_dir(&dir).unwrap();
+    let entrance = Entrance::of(std::slice::from_ref(&dir)).unwrap();
+    assert!(matches!(entrance, Entrance::Born(_)));
+    let copy = entrance.try_clone().unwrap();
+    for entrance in [entrance, copy] {
+        let child = child(entrance, &ledger).await;
+        let procs = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap();
+        assert_eq!(procs.trim(), child.pid().to_string());
+        drop(child);
+    }
+    remove(&dir).unwrap();
+    // One that is gone takes nobody in, and says so.
+    std::fs::create_dir(&dir).unwrap();
+    let gone = Entrance::of(std::slice::from_ref(&dir)).unwrap();
+    std::fs::remove_dir(&dir).unwrap();
+    let mut command = child::Command::new("test", Path::new("/bin/true"));
+    command.cgroup(gone);
+    let refused = child::spawn(command, &ledger).await.unwrap_err();
+    assert!(refused.to_string().contains("cgroup"), "{refused}");
+    assert!(mount("umount", &[]));
 }
