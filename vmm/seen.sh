@@ -48,7 +48,7 @@ seen_here
 
 if [ -z "${SEALPOD_LAB_TESTS:-}" ]; then
     cargo build -q -p sealpod-vmm
-    SEALPOD_LAB_TESTS=$(tests -p sealpod-shim --test vm)
+    SEALPOD_LAB_TESTS=$(tests -p sealpod-shim --test vm -p sealpod-vmm --test guest)
     SEALPOD_TEST_VMM=${CARGO_TARGET_DIR:-$PWD/target}/debug/sealpod-vmm
     export SEALPOD_LAB_TESTS SEALPOD_TEST_VMM
 fi
