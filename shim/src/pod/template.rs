@@ -29,10 +29,7 @@ pub(super) async fn restored(
     pod.timeline.mark(Mark::VmStarting);
     let state_dir = &plan.config.runtime.state_dir;
     match template::start(state_dir, config, ledger, plan.boot_limit()).await {
-        Ok(Some(restored)) => {
-            pod.timeline.mark(Mark::AgentReady);
-            Some(restored)
-        }
+        Ok(Some(restored)) => Some(restored),
         Ok(None) => {
             tracing::info!("The VM boots: its template is being made");
             None
@@ -41,7 +38,7 @@ pub(super) async fn restored(
     }
 }
 
-/// Gives it the pod's share and network devices.
+/// Gives it the pod's share and network devices, and waits for its agent.
 pub(super) async fn with_devices(
     restored: Option<Restored>,
     share: &OwnedFd,

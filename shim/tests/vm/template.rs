@@ -105,7 +105,7 @@ impl Pod {
         let begin = Instant::now();
         let (ledger, started) = bench.restored(name).await;
         let restored = started.unwrap().expect("nobody else makes it");
-        eprintln!("{name}: agent answered after {:?}", begin.elapsed());
+        eprintln!("{name}: restored after {:?}", begin.elapsed());
         let share = make_share(ledger.dir()).unwrap();
         let program = virtiofsd().unwrap();
         let daemon = Virtiofs::start(&program, ledger.dir(), Entrance::default(), &ledger);
@@ -125,6 +125,10 @@ impl Pod {
             .collect();
         let begin = Instant::now();
         let (vm, guest, _) = restored.plug(&client, &nics).await.unwrap();
+        eprintln!(
+            "{name}: plugged in, and answered, after {:?}",
+            begin.elapsed()
+        );
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         let mut entropy = vec![0; 256];
         let mut random = std::fs::File::open("/dev/urandom").unwrap();

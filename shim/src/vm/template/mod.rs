@@ -4,9 +4,9 @@
 //!
 //! ```text
 //!  there is none ── lock ──▶ boot, agent answers, pause, save ──▶ template
-//!       └── another makes it: None                                  │ restore, agent answers
+//!       └── another makes it: None                                  │ restore
 //!                                                                   ▼
-//!                                  Restored ── share, NICs plugged in ──▶ a VM like any other
+//!                   Restored ── share, NICs plugged in; agent answers ──▶ a VM like any other
 //! ```
 //! What goes wrong is an error and leaves no VM; the caller boots one instead.
 
@@ -22,7 +22,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sealpod_protocol::agent::HelloResponse;
-use sealpod_vmm::snapshot::Files;
 
 use super::builtin::{Begin, Machine, cmdline, launch};
 use super::{Nic, VSOCK_FILE, Vm, VmConfig, VmError};
@@ -82,11 +81,14 @@ pub enum TemplateError {
     TooManyNics(usize),
 }
 
-/// A VM that went on from a template, and its agent; not a pod's yet.
+/// A VM that goes on from a template, whose agent has not answered yet; not a pod's yet.
 pub struct Restored {
     machine: Machine,
-    guest: Guest,
-    hello: HelloResponse,
+    dialled: Dialled,
+    /// How long the agent may take to answer.
+    limit: Duration,
+    store: Store,
+    name: String,
 }
 
 /// Starts a VM like `config`, whose share and network devices come later ([`Restored::plug`]), from a template in
@@ -132,17 +134,26 @@ pub async fn start(
             return Err(e);
         }
     };
-    let restored = restore(files, config, ledger, limit).await;
-    let restored = restored.inspect_err(|e| {
-        let lock = store.lock().ok().flatten();
-        give_up(&store, lock, &name, e);
-    });
-    restored.map(Some)
+    let dialled = dialled(&config.dir)?;
+    match launch(config, Begin::Restore(files), ledger).await {
+        Ok(machine) => Ok(Some(Restored {
+            machine,
+            dialled,
+            limit,
+            store,
+            name,
+        })),
+        Err(e) => {
+            let e = e.into();
+            give_up(&store, store.lock().ok().flatten(), &name, &e);
+            Err(e)
+        }
+    }
 }
 
 impl Restored {
-    /// Gives it what a pod's VM has beyond a template's: its share, by a connection to the daemon, and its
-    /// network devices. Returns the VM, its agent, and what that said first.
+    /// Gives it what a pod's VM has beyond a template's, its share, by a connection to the daemon, and its
+    /// network devices, while its agent dials. Returns the VM, its agent, and what that said first.
     ///
     /// # Errors
     /// [`TemplateError`]; then there is no VM.
@@ -151,21 +162,36 @@ impl Restored {
         share: &OwnedFd,
         nics: &[Nic],
     ) -> Result<(Arc<dyn Vm>, Guest, HelloResponse), TemplateError> {
+        let machine = &self.machine;
         let plug = async {
             if nics.len() > NICS as usize {
                 return Err(TemplateError::TooManyNics(nics.len()));
             }
-            self.machine.add_share(share.as_fd()).await?;
+            machine.add_share(share.as_fd()).await?;
             for nic in nics {
-                self.machine.plug_nic(nic).await?;
+                machine.plug_nic(nic).await?;
             }
             Ok(())
         };
-        if let Err(e) = plug.await {
-            self.machine.stop().await;
-            return Err(e);
-        }
-        Ok((Arc::new(self.machine), self.guest, self.hello))
+        let ended = async { machine.wait().await.to_string() };
+        let answer = self.dialled.answered(ended, self.limit);
+        let (plugged, answered) = tokio::join!(plug, answer);
+        let failed = match (plugged, answered) {
+            (Ok(()), Ok((guest, hello))) => return Ok((Arc::new(self.machine), guest, hello)),
+            (_, Err(e)) => {
+                let e = no_agent(machine, e);
+                give_up(
+                    &self.store,
+                    self.store.lock().ok().flatten(),
+                    &self.name,
+                    &e,
+                );
+                e
+            }
+            (Err(e), Ok(_)) => e,
+        };
+        machine.stop().await;
+        Err(failed)
     }
 }
 
@@ -276,29 +302,6 @@ async fn boot_and_save(
     let saved = save.await;
     machine.stop().await;
     saved
-}
-
-/// Has a VM go on from a template.
-async fn restore(
-    files: Files,
-    config: VmConfig,
-    ledger: &Ledger,
-    limit: Duration,
-) -> Result<Restored, TemplateError> {
-    let dialled = dialled(&config.dir)?;
-    let machine = launch(config, Begin::Restore(files), ledger).await?;
-    let ended = async { machine.wait().await.to_string() };
-    match dialled.answered(ended, limit).await {
-        Ok((guest, hello)) => Ok(Restored {
-            machine,
-            guest,
-            hello,
-        }),
-        Err(e) => {
-            machine.stop().await;
-            Err(no_agent(&machine, e))
-        }
-    }
 }
 
 fn no_agent(machine: &Machine, source: GuestError) -> TemplateError {
