@@ -62,7 +62,6 @@ const KVM_GET_DEBUGREGS: u64 = 0x8080_aea1;
 const KVM_GET_TSC_KHZ: u64 = 0xaea3;
 const KVM_GET_XSAVE: u64 = 0x9000_aea4;
 const KVM_GET_XCRS: u64 = 0x8188_aea6;
-const FIONBIO: u64 = 0x5421;
 // fcntl commands.
 const F_GETFD: u64 = libc::F_GETFD as u64;
 const F_SETFD: u64 = libc::F_SETFD as u64;
@@ -152,8 +151,8 @@ const MAIN: &[Rule] = &[
         SYS_setsockopt,
         Only::One(2, &[libc::SO_RCVTIMEO as u64, libc::SO_SNDTIMEO as u64])
     ),
-    // Descriptors must not block; a tap's headers.
-    rule!(SYS_ioctl, Only::One(1, &[FIONBIO, TUNSETVNETHDRSZ])),
+    // A tap's headers.
+    rule!(SYS_ioctl, Only::One(1, &[TUNSETVNETHDRSZ])),
     rule!(
         SYS_fcntl,
         Only::One(1, &[F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD])
