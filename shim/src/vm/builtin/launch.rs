@@ -93,7 +93,8 @@ async fn listen(client: VmmClient) {
                 "The guest ran out of memory and took some back: its balloon has {} MiB left",
                 pressure.balloon_bytes >> 20
             ),
-            Some(Kind::Ended(ended)) => tracing::debug!("The VM ended: {:?}", ended.how),
+            // Also of a VM that is stopped because its agent was gone: then this says why that was.
+            Some(Kind::Ended(ended)) => tracing::info!("The VM ended by {:?}", ended.how),
             _ => {}
         }
     }
