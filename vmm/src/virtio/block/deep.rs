@@ -136,7 +136,8 @@ impl<'a> Flights<'a> {
     /// Waits until some have ended. Returns their chains, with how many bytes count as written.
     fn land(&mut self, disk: &Disk, uring: &mut Uring) -> Vec<(u16, u32)> {
         let ended = uring.wait().unwrap_or_else(|e| {
-            tracing::error!("The kernel does not say what became of the disk's requests: {e}");
+            // The last words of the VMM, which the shim tells.
+            eprintln!("sealpod-vmm: The kernel does not say what became of a disk's requests: {e}");
             std::process::abort()
         });
         let mut given = Vec::with_capacity(ended.len());
