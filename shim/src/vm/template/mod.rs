@@ -152,8 +152,8 @@ pub async fn start(
 }
 
 impl Restored {
-    /// Gives it what a pod's VM has beyond a template's, its share, by a connection to the daemon, and its
-    /// network devices, while its agent dials. Returns the VM, its agent, and what that said first.
+    /// Gives it what a pod's VM has beyond a template's (its share, by a connection to the daemon, and its
+    /// network devices) while its agent dials. Returns the VM, its agent, and what that said first.
     ///
     /// # Errors
     /// [`TemplateError`]; then there is no VM.
