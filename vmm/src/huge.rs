@@ -60,12 +60,12 @@ pub(crate) fn map(size: usize, file: Option<(i32, u64)>) -> io::Result<*mut c_vo
 /// free, the file stays as it is.
 pub(crate) fn collapse(file: &File, size: u64, parts: &[Range<u64>]) -> io::Result<()> {
     let size = usize::try_from(size).map_err(io::Error::other)?;
+    if parts.iter().any(|part| part.end > size as u64) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let mapped = map(size, Some((file.as_raw_fd(), 0)))?;
     for part in parts {
         let (start, length) = (part.start as usize, (part.end - part.start) as usize);
-        if start + length > size {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
         // SAFETY: within what was just mapped; its content stays.
         unsafe { libc::madvise(mapped.byte_add(start), length, libc::MADV_COLLAPSE) };
     }
