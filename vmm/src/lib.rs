@@ -4,6 +4,7 @@
 pub mod confine;
 pub mod control;
 mod huge;
+pub mod log;
 pub mod machine;
 mod memfd;
 pub mod mmio;

@@ -179,3 +179,18 @@ fn every_thread_can_say_why_it_panics_and_abort() {
         assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
     }
 }
+
+#[test]
+fn a_confined_thread_of_each_kind_can_log() {
+    let test = "a_confined_thread_of_each_kind_can_log";
+    if let Some(kind) = case() {
+        sealpod_vmm::log::start();
+        in_thread(&kind, || tracing::warn!("What a device says"));
+    }
+    for kind in Thread::ALL {
+        let done = run(test, kind.name());
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(0), "{}: {said}", kind.name());
+        assert_eq!(said.trim(), "WARN What a device says", "{}", kind.name());
+    }
+}

@@ -2,7 +2,8 @@
 //! their end is seen. Nothing here knows what they are.
 //!
 //! - A child gets exactly the descriptors it was given, numbered from 3, no environment but `PATH`,
-//!   `/dev/null` as input, and a pipe as output whose last lines are kept for error messages.
+//!   `/dev/null` as input, and a pipe as output: its first lines are in the shim's log, its last are kept
+//!   for error messages.
 //! - It is in its cgroup, its network namespace and its [`Jail`] before its program runs.
 //! - The kernel kills it when the shim ends, however the shim ends. `PR_SET_PDEATHSIG` fires when
 //!   the *thread* that made the child ends, so one thread that lives as long as the process makes
@@ -40,6 +41,8 @@ pub use tail::Tail;
 /// Lines and bytes kept of what a child writes.
 const OUTPUT_LINES: usize = 32;
 const OUTPUT_LINE_BYTES: usize = 512;
+/// And told to the shim's own log: a child that runs wild does not fill it.
+const OUTPUT_LOGGED: usize = 64;
 /// How long the end of a child may wait for the last of its output to be read.
 const DRAIN: Duration = Duration::from_millis(200);
 
@@ -245,7 +248,7 @@ fn watch_over(
     let pipe = pipe::Receiver::from_owned_fd(spawned.output).map_err(failed)?;
     let ended = spawner::watch(Arc::clone(&pidfd)).map_err(failed)?;
     let output = Arc::new(Mutex::new(Tail::new(OUTPUT_LINES, OUTPUT_LINE_BYTES)));
-    let mut reader = tokio::spawn(read_output(pipe, Arc::clone(&output)));
+    let mut reader = tokio::spawn(read_output(name.into(), pipe, Arc::clone(&output)));
     let (tell, exit) = watch::channel(None);
     tokio::spawn(async move {
         // An error here would mean that the reactor is gone, and this task with it.
@@ -276,13 +279,19 @@ fn reap(pidfd: &OwnedFd) -> Exit {
     }
 }
 
-async fn read_output(mut pipe: pipe::Receiver, output: Arc<Mutex<Tail>>) {
+async fn read_output(name: String, mut pipe: pipe::Receiver, output: Arc<Mutex<Tail>>) {
     let mut buffer = [0u8; 1024];
+    let mut logged = 0;
     while let Ok(n @ 1..) = pipe.read(&mut buffer).await {
-        output
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(&buffer[..n]);
+        let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+        output.push_telling(&buffer[..n], |line| {
+            if logged < OUTPUT_LOGGED {
+                tracing::info!("{name}: {line}");
+            } else if logged == OUTPUT_LOGGED {
+                tracing::info!("Further lines of {name} are not logged");
+            }
+            logged = logged.saturating_add(1);
+        });
     }
 }
 

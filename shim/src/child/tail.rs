@@ -38,10 +38,15 @@ impl Tail {
 
     /// Takes the next bytes of the stream.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.push_telling(bytes, |_| {});
+    }
+
+    /// The same, and tells each line that ends with them.
+    pub fn push_telling(&mut self, bytes: &[u8], mut tell: impl FnMut(&str)) {
         for &byte in bytes {
             match (self.escape, byte) {
                 (Escape::None, 0x1b) => self.escape = Escape::Start,
-                (Escape::None, b'\n') => self.end_line(),
+                (Escape::None, b'\n') => self.end_line(&mut tell),
                 (Escape::None, _) => {
                     let printable = byte == b'\t' || byte >= b' ' && byte != 0x7f;
                     if printable && self.open.len() < self.line_bytes {
@@ -55,11 +60,12 @@ impl Tail {
         }
     }
 
-    fn end_line(&mut self) {
+    fn end_line(&mut self, tell: &mut impl FnMut(&str)) {
         let line = self.take_open();
         if line.is_empty() {
             return;
         }
+        tell(&line);
         if self.lines.len() == self.lines_max {
             self.lines.pop_front();
         }
@@ -92,6 +98,17 @@ mod tests {
         assert_eq!(tail.lines(), ["two", "three", "fo"]);
         tail.push(b"ur\n");
         assert_eq!(tail.lines(), ["three", "four"]);
+    }
+
+    #[test]
+    fn each_line_is_told_once_when_it_ends() {
+        let mut tail = Tail::new(2, 5);
+        let mut told = Vec::new();
+        for part in ["one\n\ntw", "o", "\n", "a\nb\nc\nd"] {
+            tail.push_telling(part.as_bytes(), |line| told.push(line.to_owned()));
+            told.push("|".into());
+        }
+        assert_eq!(told.join(" "), "one | | two | a b c |");
     }
 
     #[test]

@@ -185,3 +185,27 @@ async fn killing_the_parent_kills_a_child_that_changed_its_user() {
     let seen = tokio::time::timeout(Duration::from_secs(10), ended.readable()).await;
     drop(seen.expect("the child outlived its parent").unwrap());
 }
+
+#[tokio::test]
+async fn what_a_child_writes_is_in_the_log_up_to_a_bound() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(Mutex::new(log.reopen().unwrap()))
+        .finish();
+    let _here = tracing::subscriber::set_default(subscriber);
+    let (_base, ledger) = ledger();
+    let script = "for n in $(seq 64); do echo line $n; done; echo too much >&2; exit 3";
+    let child = spawn(sh(script), &ledger).await.unwrap();
+    assert_eq!(child.wait().await, Exit::Code(3));
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    let lines: Vec<_> = log.lines().collect();
+    assert_eq!(lines.len(), 65, "{log}");
+    assert!(lines[0].ends_with("test: line 1"), "{log}");
+    assert!(lines[63].ends_with("test: line 64"), "{log}");
+    assert!(
+        lines[64].ends_with("Further lines of test are not logged"),
+        "{log}"
+    );
+    assert_eq!(child.watch().output().last().unwrap(), "too much");
+}

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, mpsc};
 
 use sealpod_vmm::confine::May;
 use sealpod_vmm::control;
+use sealpod_vmm::log;
 use sealpod_vmm::machine::{Boot, Config, End, Machine};
 use sealpod_vmm::virtio::{Block, Device, Net, NetConfig, Rng, open_tap};
 
@@ -31,6 +32,7 @@ The guest's console is the standard output. The VM ends when the guest restarts 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
+    log::start();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.split_first() {
         Some((command, rest)) if command == "boot" => boot(rest),

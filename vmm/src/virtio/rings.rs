@@ -9,7 +9,7 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use tracing::warn;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
@@ -20,11 +20,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::Buffers;
 use super::{Activation, Error, Interrupt, Memory, QueueState, Watch};
+use crate::log;
 
 /// Chains handled for one event, so that a guest that never stops lets others have their turn.
 pub(super) const BUDGET: usize = 256;
-/// Faults of the guest's drivers that are logged.
-const MAX_COMPLAINTS: u32 = 16;
 
 /// What a guest made available at once: what it wrote, and room for what it wants to read.
 pub(super) struct Chain<'a> {
@@ -309,17 +308,14 @@ impl Drop for Rings {
     }
 }
 
-/// Logs that a queue is of no use any more, a few times in the life of a VM.
+/// Logs that a queue is of no use any more.
 fn complain(kind: u32, queue: usize, fault: &QueueError) {
-    static COMPLAINTS: AtomicU32 = AtomicU32::new(0);
-    let before = COMPLAINTS.fetch_add(1, Ordering::Relaxed);
-    if before < MAX_COMPLAINTS {
+    if log::worth_telling() {
         warn!(
             kind,
             queue, "The guest's driver has broken a virtqueue, which stops: {fault}"
         );
     }
-    COMPLAINTS.fetch_min(MAX_COMPLAINTS, Ordering::Relaxed); // no way around to 0
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use super::daemon::Daemon;
 use super::shadow::{Lie, Refused, Request, Shadow};
 use super::window::Window;
 use super::{Activation, Error, QueueState, Way};
+use crate::log;
 use crate::virtio::rings::{BUDGET, Ring, Rings};
 use crate::virtio::vsock;
 
@@ -143,7 +144,9 @@ impl Way for Relay {
         let done = done.and_then(|()| self.ask(index));
         if let Err(lie) = done {
             self.broken = true;
-            warn!("A device's daemon is not listened to any more: {lie}");
+            if log::worth_telling() {
+                warn!("A device's daemon is not listened to any more: {lie}");
+            }
         }
     }
 
