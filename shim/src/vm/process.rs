@@ -141,7 +141,10 @@ impl Supervisor {
         let console = self.console.lines();
         let output = self.child.output();
         let signalled = output.iter().any(|line| line.contains(BY_SIGNAL));
-        let reason = if self.stopping.load(Ordering::SeqCst) {
+        // An end that nobody who stops it brings about came first, also where it was to be stopped: because its
+        // agent was gone, say.
+        let by_stop = matches!(exit, Exit::Code(0) | Exit::Signal(libc::SIGKILL)) || signalled;
+        let reason = if by_stop && self.stopping.load(Ordering::SeqCst) {
             ExitReason::Stopped
         } else if exit != Exit::Code(0) || signalled {
             ExitReason::Vmm(exit)
