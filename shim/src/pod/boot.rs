@@ -179,7 +179,7 @@ pub(super) async fn boot(
     let restored = template::restored(pod, &plan, &config, ledger);
     let (restored, devices) = tokio::join!(restored, devices);
     let (share, nics): (_, Vec<_>) = devices?;
-    let (vm, guest, hello) = match template::with_devices(restored, &share, &nics).await {
+    let (vm, guest, hello) = match template::with_devices(pod, restored, &share, &nics).await {
         Some((vm, guest, hello)) => {
             let vm = taken.vm.insert(vm);
             pod.timeline.mark(Mark::VmCreated);
@@ -200,12 +200,13 @@ pub(super) async fn boot(
     mark_guest_times(pod, &hello);
     let set_up = first::set_up(&guest, request, network, &attested);
     let strict = plan.config.runtime.strict_cgroup;
-    let (set_up, joined) = tokio::join!(set_up, join(cgroup, strict));
+    let (set_up, joined, forwarding) =
+        tokio::join!(set_up, join(cgroup, strict), port_forward(network, &guest));
+    taken.port_forward = forwarding;
     set_up?;
     joined?;
     pod.timeline.mark(Mark::SetUp);
     pod.put_up_gate(attested, std::mem::take(&mut taken.withheld));
-    taken.port_forward = port_forward(network, &guest).await;
     announce(pod, &plan, vm.as_ref(), &guest, &hello);
     Ok(Duration::from_secs(
         plan.config.timeouts.shutdown_seconds.into(),

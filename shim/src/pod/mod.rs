@@ -37,6 +37,7 @@ use crate::{
     owner::Owner,
     podfile::PodFile,
     spec, virtiofs,
+    vm::template::Learning,
 };
 use boot::BootRequest;
 use machine::Machine;
@@ -88,6 +89,8 @@ pub struct Pod {
     /// The process may end.
     finished: watch::Sender<bool>,
     timeline: Timeline,
+    /// To be done when the first container runs.
+    learning: Mutex<Option<Learning>>,
 }
 
 /// Of a pod's folder: what is being mounted and not in the share yet.
@@ -135,6 +138,7 @@ impl Pod {
             made: watch::Sender::new(()),
             ended: watch::Sender::new(None),
             finished: watch::Sender::new(false),
+            learning: Mutex::default(),
         }))
     }
 
@@ -285,6 +289,9 @@ impl Pod {
     /// Notes the start of the first container, and its first output.
     pub(crate) fn mark_started(self: &Arc<Self>, stdio: Option<&Stdio>) {
         self.timeline.mark(Mark::ContainerStarted);
+        if let Some(learning) = lock(&self.learning).take() {
+            tokio::task::spawn_blocking(|| learning.learn());
+        }
         if let Some(stdio) = stdio {
             let pod = Arc::clone(self);
             let first = stdio.first_output();

@@ -5,7 +5,7 @@ use std::{os::fd::OwnedFd, sync::Arc};
 
 use sealpod_protocol::agent::HelloResponse;
 
-use super::{Mark, Pod, boot::Plan};
+use super::{Mark, Pod, boot::Plan, lock};
 use crate::{
     error::chain,
     guest::Guest,
@@ -40,12 +40,16 @@ pub(super) async fn restored(
 
 /// Gives it the pod's share and network devices, and waits for its agent.
 pub(super) async fn with_devices(
+    pod: &Pod,
     restored: Option<Restored>,
     share: &OwnedFd,
     nics: &[vm::Nic],
 ) -> Option<(Arc<dyn vm::Vm>, Guest, HelloResponse)> {
     match restored?.plug(share, nics).await {
-        Ok(parts) => Some(parts),
+        Ok((vm, guest, hello, learning)) => {
+            *lock(&pod.learning) = learning;
+            Some((vm, guest, hello))
+        }
         Err(e) => boots(&e),
     }
 }

@@ -124,7 +124,7 @@ impl Pod {
             })
             .collect();
         let begin = Instant::now();
-        let (vm, guest, _) = restored.plug(&client, &nics).await.unwrap();
+        let (vm, guest, _, _) = restored.plug(&client, &nics).await.unwrap();
         eprintln!(
             "{name}: plugged in, and answered, after {:?}",
             begin.elapsed()

@@ -93,6 +93,9 @@ impl Running {
                 state: inherited.number(request.state_fd)?.into(),
                 memory: inherited.number(request.memory_fd)?.into(),
             },
+            write_set: (request.write_set.iter())
+                .map(|pages| (pages.first, pages.count))
+                .collect(),
             console: console(request.console_fd, inherited)?,
             devices,
             confined: Some(May::Run),

@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use super::bus::lock;
 use super::parts::{Parts, SlotPlan};
@@ -22,6 +23,8 @@ pub struct Restore {
     /// What it was written into; any number of machines may use it. Of its memory what the guest writes is
     /// copied, so that no other process can share it.
     pub snapshot: Files,
+    /// Runs of pages of the memory's file, (first, count), that the guest is known to write to.
+    pub write_set: Vec<(u64, u64)>,
     /// Where the guest's console goes.
     pub console: File,
     /// Its devices, made as those of the first machine were, in the order of their slots.
@@ -72,7 +75,15 @@ impl Machine {
         let plans = plan(&state.slots, restore.devices)?;
         let uart = state.serial.into();
         let vcpus = state.vcpus.len() as u32; // as many as KVM made
-        let parts = Parts::new(guest, vcpus, restore.console, Some(&uart), plans)?;
+        let copied = guest.clone();
+        let parts = thread::scope(|scope| {
+            // Beside what KVM takes its time for.
+            let copying = scope.spawn(|| snapshot::copy(&copied, &restore.write_set));
+            let parts = Parts::new(guest, vcpus, restore.console, Some(&uart), plans);
+            let copied = copying.join();
+            copied.map_err(|_| Error::Memory("its pages were not copied".into()))??;
+            parts
+        })?;
         for (vcpu, saved) in parts.cpus.iter().zip(&state.vcpus) {
             saved.restore(vcpu)?;
         }

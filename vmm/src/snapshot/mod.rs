@@ -25,7 +25,7 @@ use crate::mmio::TransportState;
 use crate::virtio::State as DeviceState;
 
 pub use memory::RegionState;
-pub(crate) use memory::{map, regions};
+pub(crate) use memory::{copy, map, regions};
 pub(crate) use vcpu::{VcpuState, registers};
 pub(crate) use vm::{SerialState, VmState};
 

@@ -85,6 +85,7 @@ fn a_snapshot_is_refused_where_it_does_not_fit() {
     let restore = |devices: Devices| {
         let restore = Restore {
             snapshot: Files::open(&snapshot).unwrap(),
+            write_set: Vec::new(),
             console: File::options().write(true).open("/dev/null").unwrap(),
             devices,
             confined: None,

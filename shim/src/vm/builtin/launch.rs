@@ -3,7 +3,9 @@
 
 use std::os::fd::OwnedFd;
 
-use sealpod_protocol::vmm::{CreateRequest, Empty, Nic as NicRequest, RestoreRequest, event::Kind};
+use sealpod_protocol::vmm::{
+    CreateRequest, Empty, Nic as NicRequest, Pages, RestoreRequest, event::Kind,
+};
 use sealpod_protocol::vmm_ttrpc::VmmClient;
 use sealpod_vmm::snapshot::Files;
 use tokio::sync::Mutex;
@@ -28,8 +30,9 @@ const CMDLINE: &str = "console=ttyS0 quiet tsc=reliable dummy.numdummies=0";
 pub(in super::super) enum Begin {
     /// With its kernel; whether it may be written down later.
     Boot { saved: bool },
-    /// Where one stood that was written down, without what that one plugged in later.
-    Restore(Files),
+    /// Where one stood that was written down, without what that one plugged in later; runs of pages, (first, count),
+    /// that the guest is known to write to.
+    Restore(Files, Vec<(u64, u64)>),
 }
 
 /// Starts one; returns when its virtual CPUs run.
@@ -164,7 +167,14 @@ fn command(
             saved,
             ..Default::default()
         }),
-        Begin::Restore(files) => First::Restore(RestoreRequest {
+        Begin::Restore(files, write_set) => First::Restore(RestoreRequest {
+            write_set: (write_set.into_iter())
+                .map(|(first, count)| Pages {
+                    first,
+                    count,
+                    ..Default::default()
+                })
+                .collect(),
             state_fd: give(files.state.into()),
             memory_fd: give(files.memory.into()),
             console_fd,

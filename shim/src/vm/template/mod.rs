@@ -11,7 +11,9 @@
 //! What goes wrong is an error and leaves no VM; the caller boots one instead.
 
 mod about;
+mod learning;
 mod store;
+mod write_set;
 
 use std::fs::DirBuilder;
 use std::io;
@@ -19,7 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sealpod_protocol::agent::HelloResponse;
 
@@ -29,6 +31,8 @@ use crate::guest::{Dialled, Guest, GuestError};
 use crate::host_cgroup::Entrance;
 use crate::ledger::{Ledger, LedgerError, Resource, remove_tree};
 use crate::network::{NetnsError, PodNetns};
+pub use learning::Learning;
+
 use about::About;
 use store::{Found, Lock, Store};
 
@@ -89,6 +93,7 @@ pub struct Restored {
     limit: Duration,
     store: Store,
     name: String,
+    learning: Option<Learning>,
 }
 
 /// Starts a VM like `config`, whose share and network devices come later ([`Restored::plug`]), from a template in
@@ -114,8 +119,8 @@ pub async fn start(
         path: config.dir.clone(),
         source,
     })?;
-    let files = match store.find(&name) {
-        Ok(Found::Whole(files)) => files,
+    let (files, write_set) = match store.find(&name) {
+        Ok(Found::Whole(files, write_set)) => (files, write_set),
         Ok(Found::Failed(why)) => return Err(TemplateError::FailedBefore(why)),
         Ok(Found::None) => {
             let Some(lock) = store.lock()? else {
@@ -124,7 +129,7 @@ pub async fn start(
             let made = make(&store, &lock, (&name, &about), &config, ledger, limit).await;
             made.inspect_err(|e| give_up(&store, Some(lock), &name, e))?;
             match store.find(&name)? {
-                Found::Whole(files) => files,
+                Found::Whole(files, write_set) => (files, write_set),
                 // Somebody needed the room.
                 Found::None | Found::Failed(_) => return Ok(None),
             }
@@ -135,8 +140,23 @@ pub async fn start(
         }
     };
     let dialled = dialled(&config.dir)?;
-    match launch(config, Begin::Restore(files), ledger).await {
+    let since = Instant::now();
+    let learns = write_set.is_open().then(|| files.memory.try_clone());
+    let learns = learns.transpose().map_err(|source| TemplateError::Host {
+        action: "copy a descriptor of",
+        path: config.dir.clone(),
+        source,
+    })?;
+    let begin = Begin::Restore(files, write_set.runs());
+    match launch(config, begin, ledger).await {
         Ok(machine) => Ok(Some(Restored {
+            learning: learns.map(|memory| Learning {
+                store: store.clone(),
+                name: name.clone(),
+                memory,
+                pid: machine.pid(),
+                since,
+            }),
             machine,
             dialled,
             limit,
@@ -153,7 +173,8 @@ pub async fn start(
 
 impl Restored {
     /// Gives it what a pod's VM has beyond a template's (its share, by a connection to the daemon, and its
-    /// network devices) while its agent dials. Returns the VM, its agent, and what that said first.
+    /// network devices) while its agent dials. Returns the VM, its agent, what that said first, and what is to be
+    /// done when its container runs, where the template knows too little.
     ///
     /// # Errors
     /// [`TemplateError`]; then there is no VM.
@@ -161,7 +182,7 @@ impl Restored {
         self,
         share: &OwnedFd,
         nics: &[Nic],
-    ) -> Result<(Arc<dyn Vm>, Guest, HelloResponse), TemplateError> {
+    ) -> Result<(Arc<dyn Vm>, Guest, HelloResponse, Option<Learning>), TemplateError> {
         let machine = &self.machine;
         let plug = async {
             if nics.len() > NICS as usize {
@@ -177,7 +198,9 @@ impl Restored {
         let answer = self.dialled.answered(ended, self.limit);
         let (plugged, answered) = tokio::join!(plug, answer);
         let failed = match (plugged, answered) {
-            (Ok(()), Ok((guest, hello))) => return Ok((Arc::new(self.machine), guest, hello)),
+            (Ok(()), Ok((guest, hello))) => {
+                return Ok((Arc::new(self.machine), guest, hello, self.learning));
+            }
             (_, Err(e)) => {
                 let e = no_agent(machine, e);
                 give_up(

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  <name>.part/   being made; what a crash leaves of it goes with the next lock
-//!  <name>/        about.json, state, memory: whole, by a rename
+//!  <name>/        about.json, state, memory: whole, by a rename; write_set.json later
 //!  <name>.failed  why there is none; not tried again for ten minutes
 //! ```
 
@@ -18,21 +18,23 @@ use sealpod_vmm::snapshot::Files;
 
 use super::TemplateError;
 use super::about::About;
+use super::write_set::WriteSet;
 use crate::ledger::remove_tree;
 
 /// The folder, in the state folder.
 const FOLDER: &str = "templates";
 const LOCK: &str = "lock";
 const ABOUT: &str = "about.json";
+const WRITE_SET: &str = "write_set.json";
 /// Most templates; each has what a guest takes for itself, some tens of MiB.
 const TEMPLATES_MAX: usize = 8;
 /// How long one that failed is not tried again.
 const FAILED: Duration = Duration::from_secs(600);
 /// Most that is read of what is written here, bytes.
-const SIZE_MAX: u64 = 64 << 10;
+const SIZE_MAX: u64 = 128 << 10;
 
 /// See the file's head.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Store(PathBuf);
 
 /// Held by whoever makes a template.
@@ -42,7 +44,7 @@ pub(super) struct Lock(#[expect(dead_code, reason = "the lock is held by its des
 /// What there is of a template.
 #[derive(Debug)]
 pub(super) enum Found {
-    Whole(Files),
+    Whole(Files, WriteSet),
     None,
     Failed(String),
 }
@@ -82,7 +84,7 @@ impl Store {
                 let about = OpenOptions::new().write(true).open(folder.join(ABOUT));
                 let touched = about.and_then(|file| file.set_modified(SystemTime::now()));
                 touched.map_err(failed("touch", &folder))?;
-                return Ok(Found::Whole(files));
+                return Ok(Found::Whole(files, self.write_set(name)?));
             }
             Err(_) if !folder.exists() => {}
             Err(e) => return Err(e.into()),
@@ -94,6 +96,34 @@ impl Store {
             }
             _ => Ok(Found::None),
         }
+    }
+
+    /// What VMs from a template write to, as far as it is known.
+    fn write_set(&self, name: &str) -> Result<WriteSet, TemplateError> {
+        let path = self.0.join(name).join(WRITE_SET);
+        let json = match read(&path) {
+            Ok(json) => json,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(WriteSet::default()),
+            Err(e) => return Err(failed("read", &path)(e)),
+        };
+        let parsed = serde_json::from_slice(&json).map_err(io::Error::from);
+        parsed.map_err(failed("read", &path))
+    }
+
+    /// Learns that a VM from a template wrote to these pages; returns what is known now.
+    pub(super) fn learn(&self, name: &str, written: Vec<u64>) -> Result<WriteSet, TemplateError> {
+        let known = self.write_set(name)?;
+        if !known.is_open() {
+            return Ok(known);
+        }
+        let known = known.and(written);
+        let path = self.0.join(name).join(WRITE_SET);
+        let part = path.with_extension(std::process::id().to_string());
+        let json = serde_json::to_vec(&known).map_err(io::Error::from);
+        json.and_then(|json| write(&part, &json))
+            .and_then(|()| fs::rename(&part, &path))
+            .map_err(failed("write", &path))?;
+        Ok(known)
     }
 
     /// The right to make and remove, if nobody else has it now.
@@ -237,7 +267,7 @@ mod tests {
         }
 
         fn has(&self, name: &str) -> bool {
-            matches!(self.store.find(name).unwrap(), Found::Whole(_))
+            matches!(self.store.find(name).unwrap(), Found::Whole(..))
         }
     }
 
@@ -270,6 +300,30 @@ mod tests {
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).unwrap();
         let opened = Store::open(bench.dir.path());
         assert!(matches!(opened, Err(TemplateError::Folder(_))));
+    }
+
+    #[test]
+    fn a_template_learns_from_two_vms_and_what_is_damaged_is_refused() {
+        let bench = Bench::new();
+        let name = bench.make(&bench.about(1).0);
+        let known = || match bench.store.find(&name).unwrap() {
+            Found::Whole(_, write_set) => write_set,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(known(), WriteSet::default());
+        bench.store.learn(&name, vec![1, 2, 3]).unwrap();
+        assert!(known().is_open());
+        let learnt = bench.store.learn(&name, vec![2, 3, 4]).unwrap();
+        assert_eq!(learnt.runs(), [(2, 2)]);
+        bench.store.learn(&name, vec![3]).unwrap();
+        assert_eq!(known(), learnt);
+        let path = bench.dir.path().join(FOLDER).join(&name).join(WRITE_SET);
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
+        for damaged in ["", "[]", "{\"vms\":2,\"pages\":[-1]}"] {
+            fs::write(&path, damaged).unwrap();
+            assert!(bench.store.find(&name).is_err(), "{damaged}");
+        }
+        assert!(bench.store.learn("none", vec![1]).is_err());
     }
 
     #[test]
