@@ -44,7 +44,17 @@ fn inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// All threads allocate from one heap: the process is there once for each pod, most of its threads wait,
+/// and a heap for each of them is memory that no other thread uses. A child between clone and exec never
+/// allocates (`child/exec.rs`), so that it does not matter who holds the heap's lock then.
+#[expect(unsafe_code, reason = "the C library's allocator is told by mallopt")]
+fn one_heap() {
+    // SAFETY: takes numbers; there are no other threads yet. Refused it changes nothing.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 pub(super) fn serve(args: &Args) -> Result<(), Error> {
+    one_heap();
     let listener = inherited(LISTENER_FD).map_err(Error::io("take over the shim's socket"))?;
     let caller = inherited(CALLER_FD).map_err(Error::io("take over the caller's handle"))?;
     init_log(args.debug);

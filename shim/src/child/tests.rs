@@ -1,7 +1,43 @@
 //! Tests with real processes. The ones that need root say so when they skip.
 
 use super::*;
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::{Command as StdCommand, Stdio};
+
+/// Ends a process that allocates between clone and exec: the heap's lock may be held for ever there.
+/// A child is known by its pid, which is not that of the process that allocated first.
+struct ParentOnly;
+
+#[global_allocator]
+static HEAP: ParentOnly = ParentOnly;
+
+impl ParentOnly {
+    fn check(&self) {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static PARENT: AtomicU32 = AtomicU32::new(0);
+        let pid = std::process::id();
+        let first = PARENT.compare_exchange(0, pid, Ordering::Relaxed, Ordering::Relaxed);
+        if first.is_err_and(|parent| parent != pid) {
+            std::process::abort();
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "an allocator is one by an unsafe trait")]
+// SAFETY: hands everything to the system's allocator, unchanged.
+unsafe impl GlobalAlloc for ParentOnly {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        self.check();
+        // SAFETY: forwarded from the caller.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        self.check();
+        // SAFETY: forwarded from the caller.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
 
 fn ledger() -> (tempfile::TempDir, Ledger) {
     let base = tempfile::tempdir().unwrap();
