@@ -140,7 +140,8 @@ impl Virtiofs {
             .proc();
         let mut command = Command::new("virtiofsd", &program);
         let listener = command.fd(listener.into());
-        command.args(args(listener)).jail(jail).cgroup(cgroup);
+        command.args(args(listener)).env(child::SMALL_STACKS);
+        command.jail(jail).cgroup(cgroup);
         command.capabilities(&CAPABILITIES);
         command.rlimit(libc::RLIMIT_CORE, 0);
         let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(OPEN_FILES);

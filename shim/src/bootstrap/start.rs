@@ -23,6 +23,7 @@ use super::{
     serve::{CALLER_FD, LISTENER_FD},
 };
 use crate::{
+    child::SMALL_STACKS,
     config, ledger,
     service::config_path,
     spec::{self, Role},
@@ -199,6 +200,7 @@ fn spawn(args: &Args, place: &Place, bundle: &Path, caller: OwnedFd) -> Result<C
     }
     command
         .arg("serve")
+        .env(SMALL_STACKS.0, SMALL_STACKS.1)
         .current_dir(bundle)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -139,7 +139,10 @@ fn start(command: Command) -> Result<Spawned, ChildError> {
     for (n, arg) in command.args.iter().enumerate() {
         args.push(text(&format!("argument {}", n + 1), arg.as_bytes())?);
     }
-    let env = vec![text("PATH", PATH.as_bytes())?];
+    let mut env = vec![text("PATH", PATH.as_bytes())?];
+    for (name, value) in &command.env {
+        env.push(text(name, format!("{name}={value}").as_bytes())?);
+    }
     let mut plan = Plan::new(path, args, env, streams);
     plan.parent = parent.as_raw_fd();
     match &command.cgroup {

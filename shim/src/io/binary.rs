@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::Error;
+use crate::child::SMALL_STACKS;
 
 /// A logging program that is not ready by then is treated as one that did not start.
 const READY: Duration = Duration::from_secs(10);
@@ -91,6 +92,7 @@ pub(super) async fn start(
         let mut command = std::process::Command::new(&program.path);
         command
             .args(&program.args)
+            .env_remove(SMALL_STACKS.0)
             .env("CONTAINER_ID", container_id)
             .env("CONTAINER_NAMESPACE", namespace)
             .stdin(Stdio::null())

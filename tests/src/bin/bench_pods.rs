@@ -126,6 +126,8 @@ fn use_templates(env: &Env, template: bool) -> Result<()> {
 struct Usage {
     pss_kib: u64,
     guest_kib: u64,
+    /// The programs' own, no file's.
+    anonymous_kib: u64,
     threads: u64,
 }
 
@@ -135,6 +137,7 @@ fn usage(env: &Env, mark: &str) -> Usage {
         let dir = env.namespaces.path(&format!("/proc/{}", process.pid));
         all.pss_kib += smaps_kib(&dir, "Pss").unwrap_or(0);
         all.guest_kib += memfd_pss_kib(&dir);
+        all.anonymous_kib += smaps_kib(&dir, "Pss_Anon").unwrap_or(0);
         all.threads += fs::read_dir(dir.join("task")).map_or(0, |t| t.count() as u64);
     }
     all
@@ -186,10 +189,11 @@ fn further_pods(env: &Env) -> Result<Value> {
         sum += pss;
         guest += in_guest;
         let own = (pss - in_guest).round();
+        let anonymous = share(all.anonymous_kib, one.anonymous_kib).round();
         let threads = share(all.threads, one.threads);
         parts.insert(
             (*name).into(),
-            json!({ "own_kib": own, "threads": threads }),
+            json!({ "own_kib": own, "anonymous_kib": anonymous, "threads": threads }),
         );
     }
     Ok(json!({ "pss_kib": f64::round(sum), "guest_kib": f64::round(guest), "parts": parts }))
