@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use sealpod_protocol::vmm::{
-    BalloonRequest, BalloonResponse, CreateRequest, Disk, Empty, Event, Nic, RemoveDiskRequest,
-    RemoveNicRequest, RestoreRequest,
+    BalloonRequest, BalloonResponse, CreateRequest, Description, Disk, Empty, Event, Nic,
+    RemoveDiskRequest, RemoveNicRequest, RestoreRequest,
 };
 use sealpod_protocol::vmm_ttrpc::{Vmm, create_vmm};
 use ttrpc::r#async::transport::Listener;
@@ -203,6 +203,14 @@ impl Vmm for Service {
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
         let next = self.events.next().await;
         next.ok_or_else(|| refused("The machine has ended".into()))
+    }
+
+    async fn describe(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Description> {
+        let lines = self.with(|running| Ok(running.machine().describe()?));
+        Ok(Description {
+            lines: lines.map_err(refused)?,
+            ..Default::default()
+        })
     }
 
     async fn stop(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -57,6 +57,9 @@ impl Vm for Fake {
     fn console_tail(&self) -> Vec<String> {
         Vec::new()
     }
+    async fn describe(&self) -> Result<Vec<String>, VmError> {
+        Ok(Vec::new())
+    }
     async fn pause(&self) -> Result<(), VmError> {
         Ok(())
     }

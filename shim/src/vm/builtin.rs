@@ -201,6 +201,12 @@ impl Vm for Machine {
         self.console.lines()
     }
 
+    async fn describe(&self) -> Result<Vec<String>, VmError> {
+        let answer = self.client.describe(soon(), &Empty::new()).await;
+        let answer = answer.map_err(|e| self.failure("describe the machine", e))?;
+        Ok(answer.lines)
+    }
+
     async fn pause(&self) -> Result<(), VmError> {
         let answer = self.client.pause(soon(), &Empty::new()).await;
         self.answered("pause", answer)

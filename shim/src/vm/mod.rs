@@ -313,6 +313,8 @@ pub trait Vm: Send + Sync {
     /// Last lines of the guest's console.
     fn console_tail(&self) -> Vec<String>;
 
+    /// Where processors and devices stand, in words: for the log, when the guest does not go on.
+    async fn describe(&self) -> Result<Vec<String>, VmError>;
     /// Stops the virtual CPUs until [`Vm::resume`]. Idempotent.
     async fn pause(&self) -> Result<(), VmError>;
     /// Lets the virtual CPUs run. Idempotent.

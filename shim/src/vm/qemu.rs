@@ -202,6 +202,13 @@ impl Vm for Machine {
         self.console.lines()
     }
 
+    async fn describe(&self) -> Result<Vec<String>, VmError> {
+        let command = json!({ "command-line": "info registers -a" });
+        let answer = self.qmp.execute("human-monitor-command", command).await?;
+        let text = answer.as_str().unwrap_or_default();
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
     async fn pause(&self) -> Result<(), VmError> {
         self.qmp.execute("stop", json!({})).await.map(drop)
     }

@@ -7,6 +7,7 @@ on_every_containerd!(
     a_kernel_that_is_none_is_named,
     a_missing_initramfs_is_named,
     an_initramfs_that_is_none_shows_the_guests_last_words,
+    a_guest_that_does_not_answer_is_described_in_the_log,
     an_unknown_key_is_named_with_the_known_ones,
     an_unknown_annotation_is_named_with_the_known_ones,
     an_annotation_that_is_not_allowed_is_named,
@@ -23,7 +24,7 @@ on_every_containerd!(
 );
 
 mod bodies {
-    use std::{path::PathBuf, time::Duration};
+    use std::{fs, path::PathBuf, time::Duration};
 
     use sealpod_tests::{Env, Settings, Version, assets, env::Done, need, only_sealpod, wait};
 
@@ -96,6 +97,33 @@ mod bodies {
             message.contains("/etc/passwd") || message.contains("panic"),
             "{message}"
         );
+    }
+
+    pub(super) fn a_guest_that_does_not_answer_is_described_in_the_log(version: Version) {
+        need!(assets::complete());
+        only_sealpod!();
+        // An archive of nothing but its end, whose kernel finds no init and then does not restart.
+        let folder = tempfile::tempdir().unwrap();
+        let empty = folder.path().join("empty.cpio");
+        let fields = [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 11, 0];
+        let fields = fields.map(|field| format!("{field:08x}")).concat();
+        fs::write(&empty, format!("070701{fields}TRAILER!!!\0\0\0\0")).unwrap();
+        let env = env_with(version, |s| {
+            s.initramfs = empty;
+            s.more = "kernel_params = [\"panic=0\"]\n".into();
+            s.boot_seconds = 5 * wait::patience();
+        });
+        let message = refused(&env, &[], &["true"]);
+        assert_names(&message, &["did not answer within", "panic"]);
+        // What each VMM says of its first processor.
+        let log = env.containerd.log_tail(1000);
+        let told = log
+            .lines()
+            .filter(|l| l.contains("The guest does not answer. "));
+        let told: Vec<_> = told.collect();
+        assert!(!told.is_empty() && told.len() <= 64, "{log}");
+        let first = |line: &&str| line.contains("Processor 0: ") || line.contains("CPU#0");
+        assert!(told.iter().any(first), "{told:#?}");
     }
 
     pub(super) fn an_unknown_key_is_named_with_the_known_ones(version: Version) {

@@ -101,8 +101,22 @@ const ALL: &[Rule] = &[
 
 /// A virtual processor: the guest, and devices when their driver comes up or goes.
 const VCPU: &[Rule] = &[
-    // The guest; what a network driver accepted.
-    rule!(SYS_ioctl, Only::One(1, &[KVM_RUN, TUNSETOFFLOAD])),
+    // The guest; what a network driver accepted; where the processor stands, when somebody asks.
+    rule!(
+        SYS_ioctl,
+        Only::One(
+            1,
+            &[
+                KVM_RUN,
+                TUNSETOFFLOAD,
+                KVM_GET_MP_STATE,
+                KVM_GET_REGS,
+                KVM_GET_LAPIC,
+                KVM_GET_MSRS,
+                KVM_GET_VCPU_EVENTS,
+            ]
+        )
+    ),
     // After the signal that takes it out of the guest.
     rule!(SYS_rt_sigreturn),
     // Tells a vhost-user daemon of queues, and hears its answers.
@@ -151,8 +165,8 @@ const MAIN: &[Rule] = &[
         SYS_setsockopt,
         Only::One(2, &[libc::SO_RCVTIMEO as u64, libc::SO_SNDTIMEO as u64])
     ),
-    // A tap's headers.
-    rule!(SYS_ioctl, Only::One(1, &[TUNSETVNETHDRSZ])),
+    // A tap's headers; how interrupts stand, when somebody asks.
+    rule!(SYS_ioctl, Only::One(1, &[TUNSETVNETHDRSZ, KVM_GET_IRQCHIP])),
     rule!(
         SYS_fcntl,
         Only::One(1, &[F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD])
@@ -164,23 +178,18 @@ const MAIN: &[Rule] = &[
     rule!(SYS_tgkill, Only::One(2, &[KICK, libc::SIGABRT as u64])),
 ];
 
-/// A virtual processor that may be written down: reads what KVM knows of it.
+/// A virtual processor that may be written down: reads the rest of what KVM knows of it.
 const VCPU_SAVED: &[Rule] = &[rule!(
     SYS_ioctl,
     Only::One(
         1,
         &[
-            KVM_GET_MP_STATE,
-            KVM_GET_REGS,
             KVM_GET_SREGS,
             KVM_GET_XSAVE,
             KVM_GET_XCRS,
             KVM_GET_DEBUGREGS,
-            KVM_GET_LAPIC,
             KVM_GET_TSC_KHZ,
             KVM_GET_CPUID2,
-            KVM_GET_MSRS,
-            KVM_GET_VCPU_EVENTS,
         ]
     )
 )];
@@ -189,7 +198,7 @@ const VCPU_SAVED: &[Rule] = &[rule!(
 const MAIN_SAVED: &[Rule] = &[
     rule!(
         SYS_ioctl,
-        Only::One(1, &[KVM_GET_MSR_INDEX_LIST, KVM_GET_IRQCHIP, KVM_GET_CLOCK])
+        Only::One(1, &[KVM_GET_MSR_INDEX_LIST, KVM_GET_CLOCK])
     ),
     rule!(SYS_pwrite64),
     rule!(SYS_ftruncate),

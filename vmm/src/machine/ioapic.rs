@@ -16,14 +16,19 @@ const SMI: u64 = 0b010 << 8;
 /// finds one.
 const EXTERNAL: u64 = 0b111 << 8;
 
-/// Sets up the pins.
-pub(super) fn set_up(vm: &VmFd) -> Result<(), Error> {
+fn read(vm: &VmFd) -> Result<kvm_irqchip, Error> {
     let mut chip = kvm_irqchip {
         chip_id: KVM_IRQCHIP_IOAPIC,
         ..Default::default()
     };
     vm.get_irqchip(&mut chip)
         .map_err(Error::kvm("KVM_GET_IRQCHIP"))?;
+    Ok(chip)
+}
+
+/// Sets up the pins.
+pub(super) fn set_up(vm: &VmFd) -> Result<(), Error> {
+    let mut chip = read(vm)?;
     // SAFETY: KVM has just written the I/O APIC's state there, and every bit pattern is one.
     let pins = unsafe { &mut chip.chip.ioapic.redirtbl };
     for pin in &mut *pins {
@@ -31,4 +36,33 @@ pub(super) fn set_up(vm: &VmFd) -> Result<(), Error> {
     }
     pins[0].bits = EXTERNAL;
     vm.set_irqchip(&chip).map_err(Error::kvm("KVM_SET_IRQCHIP"))
+}
+
+/// Where the pins stand.
+pub(super) struct Pins {
+    entries: Vec<u64>,
+    /// A bit for each pin whose interrupt has come and not been delivered.
+    requested: u32,
+}
+
+impl Pins {
+    pub(super) fn read(vm: &VmFd) -> Result<Self, Error> {
+        let chip = read(vm)?;
+        // SAFETY: KVM has just written the I/O APIC's state there, and every bit pattern is one.
+        let (pins, requested) = unsafe { (chip.chip.ioapic.redirtbl, chip.chip.ioapic.irr) };
+        // SAFETY: as above; an entry is 64 bits, by fields or as a whole.
+        let entries = pins.iter().map(|pin| unsafe { pin.bits }).collect();
+        Ok(Self { entries, requested })
+    }
+
+    /// One pin, in words.
+    pub(super) fn describe(&self, pin: u32) -> String {
+        let entry = self.entries.get(pin as usize).copied().unwrap_or_default();
+        let masked = if entry & MASKED == 0 { "" } else { ", masked" };
+        let requested = match self.requested & 1 << pin {
+            0 => "",
+            _ => ", requested",
+        };
+        format!("pin {pin} is vector {:#x}{masked}{requested}", entry & 0xff)
+    }
 }

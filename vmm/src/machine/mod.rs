@@ -11,6 +11,7 @@
 mod boot;
 mod bus;
 mod cpu;
+mod describe;
 mod ioapic;
 mod layout;
 mod memory;

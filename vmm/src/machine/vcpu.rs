@@ -123,6 +123,11 @@ impl Vcpus {
         }
     }
 
+    /// Whether they run, or would if they had not ended.
+    pub(super) fn are_to_run(&self) -> bool {
+        lock(&self.gate.state).wanted == Wanted::Run
+    }
+
     /// Ends the threads. Idempotent.
     pub(super) fn stop(&self) {
         self.ask(Wanted::Stop);

@@ -12,6 +12,7 @@
 //! What a guest reads it reads from a page of memory ([`Page`]) that it cannot write: a read is no exit.
 //! A write is one, and afterwards the page shows what it has changed.
 
+mod describe;
 mod page;
 #[cfg(test)]
 mod tests;

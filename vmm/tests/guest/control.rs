@@ -159,6 +159,12 @@ impl Vmm {
         }
     }
 
+    /// What it says of where it stands, a line each.
+    async fn describe(&self) -> Vec<String> {
+        let described = self.client.describe(soon(), &Empty::new()).await;
+        described.unwrap().lines
+    }
+
     async fn event(&self) -> Event {
         self.client.next_event(soon(), &Empty::new()).await.unwrap()
     }
@@ -194,6 +200,23 @@ async fn devices_come_and_go_and_the_vmm_tells_of_memory_and_of_the_end() {
     };
     vmm.client.add_disk(soon(), &disk).await.unwrap();
     assert_eq!(vmm.line("disk"), "vol-1");
+    // It goes on afterwards, as the rest of this shows.
+    let lines = vmm.describe().await;
+    assert!(lines[0].starts_with("Processor 0: "), "{lines:#?}");
+    assert!(lines[0].contains(", flags 0x"), "{lines:#?}");
+    let balloon = "Slot 0: device of type 5, status 0xf, ";
+    assert!(lines[1].starts_with(balloon), "{lines:#?}");
+    let disk = lines.last().unwrap();
+    let queue = disk.strip_prefix("Slot 2: device of type 2, status 0xf, ");
+    let (_, queue) = queue.unwrap().split_once("queue 0: ").unwrap();
+    // It was asked for its serial at least, and has answered that.
+    let numbers = queue.split(' ').filter_map(|word| word.parse::<u16>().ok());
+    let numbers: Vec<_> = numbers.collect();
+    assert!(
+        numbers.len() == 3 && numbers[0] > 0 && numbers[2] > 0,
+        "{disk}"
+    );
+    assert!(queue.contains("pin 7 is vector 0x"), "{disk}");
     vmm.line("let go");
     vmm.remove_nic().await.unwrap();
     let refused = vmm.remove_nic().await.unwrap_err();
