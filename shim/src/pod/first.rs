@@ -8,7 +8,6 @@ use sealpod_protocol::agent;
 use super::boot::{BootRequest, failed};
 use crate::{
     attest::Settings,
-    child::Tail,
     clock,
     error::{Error, Result},
     guest::{Dialled, Guest},
@@ -20,9 +19,6 @@ use crate::{
 const SHM_BYTES: u64 = 64 << 20;
 /// Randomness given to a new guest.
 const ENTROPY_BYTES: usize = 256;
-/// Lines, and bytes of each, that are logged of what a VMM says of itself.
-const DESCRIBED_LINES: usize = 64;
-const DESCRIBED_BYTES: usize = 600;
 /// Console lines told with a guest that did not come up.
 const CONSOLE_LINES: usize = 20;
 
@@ -36,27 +32,10 @@ pub(super) async fn answer(
     match dialled.answered(ended, limit).await {
         Ok(answered) => Ok(answered),
         Err(e) => {
-            log_where_it_stands(vm).await;
+            vm::log_where_it_stands(vm).await;
             vm.stop().await;
             Err(with_console(failed(&e), &vm.console_tail()))
         }
-    }
-}
-
-/// What the VMM says of a guest that does not answer. Its words may be the guest's.
-async fn log_where_it_stands(vm: &dyn vm::Vm) {
-    let lines = match vm.describe().await {
-        Ok(lines) => lines,
-        // It has ended, which is told by itself, or does not answer either.
-        Err(e) => return tracing::info!("{}", crate::error::chain(&e)),
-    };
-    let mut printable = Tail::new(DESCRIBED_LINES, DESCRIBED_BYTES);
-    for line in &lines {
-        printable.push(line.as_bytes());
-        printable.push(b"\n");
-    }
-    for line in printable.lines() {
-        tracing::warn!("The guest does not answer. {line}");
     }
 }
 

@@ -46,9 +46,9 @@ pub(super) async fn with_devices(
     nics: &[vm::Nic],
 ) -> Option<(Arc<dyn vm::Vm>, Guest, HelloResponse)> {
     match restored?.plug(share, nics).await {
-        Ok((vm, guest, hello, learning)) => {
-            *lock(&pod.learning) = learning;
-            Some((vm, guest, hello))
+        Ok(plugged) => {
+            *lock(&pod.learning) = plugged.learning;
+            Some((plugged.vm, plugged.guest, plugged.hello))
         }
         Err(e) => boots(&e),
     }

@@ -23,6 +23,7 @@ mod process;
 mod protection;
 mod qemu;
 mod qmp;
+mod silent;
 pub mod template;
 mod tsc;
 
@@ -42,6 +43,7 @@ pub use check::find_program;
 pub use confidential::{Confidential, ConfidentialError};
 pub use image::{ImageError, check_bzimage, check_initramfs, check_kernel};
 pub use qemu::Qemu;
+pub(crate) use silent::log_where_it_stands;
 
 /// Least memory of a guest, MiB: below it the kernel, its root and the agent do not come up.
 pub const MEMORY_MIN_MIB: u64 = 64;

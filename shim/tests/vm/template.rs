@@ -12,7 +12,7 @@ use sealpod_shim::host_cgroup::Entrance;
 use sealpod_shim::ledger::{Ledger, clean};
 use sealpod_shim::network::{PodNetns, PodNetwork};
 use sealpod_shim::virtiofs::{Virtiofs, make_share};
-use sealpod_shim::vm::template::{self, Restored, TemplateError};
+use sealpod_shim::vm::template::{self, Plugged, Restored, TemplateError};
 use sealpod_shim::vm::{Accelerator, Builtin, Driver, Nic, VSOCK_FILE, Vm, VmConfig, find_program};
 use tokio::io::AsyncReadExt;
 
@@ -124,7 +124,7 @@ impl Pod {
             })
             .collect();
         let begin = Instant::now();
-        let (vm, guest, _, _) = restored.plug(&client, &nics).await.unwrap();
+        let Plugged { vm, guest, .. } = restored.plug(&client, &nics).await.unwrap();
         eprintln!(
             "{name}: plugged in, and answered, after {:?}",
             begin.elapsed()

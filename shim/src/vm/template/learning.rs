@@ -30,20 +30,26 @@ impl Learning {
             return;
         }
         match self.try_learn() {
-            Ok(pages) => {
+            Ok(Some(pages)) => {
                 tracing::info!("Template {}: VMs from it write to {pages} pages", self.name)
             }
+            // Another VM's turn, or a template is being made: a later one will do.
+            Ok(None) => {}
             Err(e) => tracing::warn!("The template learns nothing: {}", chain(&e)),
         }
     }
 
-    fn try_learn(&self) -> Result<usize, TemplateError> {
+    /// How many pages are known now; none where somebody else has the lock.
+    fn try_learn(&self) -> Result<Option<usize>, TemplateError> {
         let found = write_set::of(self.pid, &self.memory);
         let found = found.map_err(|source| TemplateError::Host {
             action: "look at the memory of process",
             path: self.pid.to_string().into(),
             source,
         })?;
-        Ok(self.store.learn(&self.name, found)?.len())
+        let Some(lock) = self.store.lock()? else {
+            return Ok(None);
+        };
+        Ok(Some(self.store.learn(&lock, &self.name, found)?.len()))
     }
 }

@@ -171,18 +171,25 @@ pub async fn start(
     }
 }
 
+/// A VM that went on from a template and has all that a pod's has.
+pub struct Plugged {
+    /// It.
+    pub vm: Arc<dyn Vm>,
+    /// Its agent.
+    pub guest: Guest,
+    /// What that said first.
+    pub hello: HelloResponse,
+    /// To be done when its container runs, where the template knows too little.
+    pub learning: Option<Learning>,
+}
+
 impl Restored {
     /// Gives it what a pod's VM has beyond a template's (its share, by a connection to the daemon, and its
-    /// network devices) while its agent dials. Returns the VM, its agent, what that said first, and what is to be
-    /// done when its container runs, where the template knows too little.
+    /// network devices) while its agent dials.
     ///
     /// # Errors
     /// [`TemplateError`]; then there is no VM.
-    pub async fn plug(
-        self,
-        share: &OwnedFd,
-        nics: &[Nic],
-    ) -> Result<(Arc<dyn Vm>, Guest, HelloResponse, Option<Learning>), TemplateError> {
+    pub async fn plug(self, share: &OwnedFd, nics: &[Nic]) -> Result<Plugged, TemplateError> {
         let machine = &self.machine;
         let plug = async {
             if nics.len() > NICS as usize {
@@ -199,10 +206,15 @@ impl Restored {
         let (plugged, answered) = tokio::join!(plug, answer);
         let failed = match (plugged, answered) {
             (Ok(()), Ok((guest, hello))) => {
-                return Ok((Arc::new(self.machine), guest, hello, self.learning));
+                return Ok(Plugged {
+                    vm: Arc::new(self.machine),
+                    guest,
+                    hello,
+                    learning: self.learning,
+                });
             }
             (_, Err(e)) => {
-                let e = no_agent(machine, e);
+                let e = no_agent(machine, e).await;
                 give_up(
                     &self.store,
                     self.store.lock().ok().flatten(),
@@ -315,7 +327,10 @@ async fn boot_and_save(
         let ended = async { machine.wait().await.to_string() };
         // Its connection stays: an agent that loses it dials again.
         let answered = dialled.answered(ended, limit).await;
-        let (_guest, _) = answered.map_err(|e| no_agent(&machine, e))?;
+        let _guest = match answered {
+            Ok((guest, _)) => guest,
+            Err(e) => return Err(no_agent(&machine, e).await),
+        };
         machine.pause().await?;
         let files = store.begin(lock, name)?;
         machine.save(&files).await?;
@@ -327,7 +342,8 @@ async fn boot_and_save(
     saved
 }
 
-fn no_agent(machine: &Machine, source: GuestError) -> TemplateError {
+async fn no_agent(machine: &Machine, source: GuestError) -> TemplateError {
+    super::log_where_it_stands(machine).await;
     let console = machine.console_tail().join(" | ");
     TemplateError::Guest { source, console }
 }

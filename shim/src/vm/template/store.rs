@@ -1,5 +1,5 @@
 //! The folder of all templates, below the state folder and for root alone. Whoever holds its lock makes and
-//! removes; whoever finds a template whole may use it without.
+//! removes, and writes what was learnt; whoever finds a template whole may use it without.
 //!
 //! ```text
 //!  <name>.part/   being made; what a crash leaves of it goes with the next lock
@@ -111,14 +111,20 @@ impl Store {
     }
 
     /// Learns that a VM from a template wrote to these pages; returns what is known now.
-    pub(super) fn learn(&self, name: &str, written: Vec<u64>) -> Result<WriteSet, TemplateError> {
+    pub(super) fn learn(
+        &self,
+        _: &Lock,
+        name: &str,
+        written: Vec<u64>,
+    ) -> Result<WriteSet, TemplateError> {
         let known = self.write_set(name)?;
         if !known.is_open() {
             return Ok(known);
         }
         let known = known.and(written);
         let path = self.0.join(name).join(WRITE_SET);
-        let part = path.with_extension(std::process::id().to_string());
+        let part = path.with_extension("part");
+        remove(&part)?;
         let json = serde_json::to_vec(&known).map_err(io::Error::from);
         json.and_then(|json| write(&part, &json))
             .and_then(|()| fs::rename(&part, &path))
@@ -311,11 +317,17 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(known(), WriteSet::default());
-        bench.store.learn(&name, vec![1, 2, 3]).unwrap();
+        bench
+            .store
+            .learn(&bench.lock, &name, vec![1, 2, 3])
+            .unwrap();
         assert!(known().is_open());
-        let learnt = bench.store.learn(&name, vec![2, 3, 4]).unwrap();
+        let learnt = bench
+            .store
+            .learn(&bench.lock, &name, vec![2, 3, 4])
+            .unwrap();
         assert_eq!(learnt.runs(), [(2, 2)]);
-        bench.store.learn(&name, vec![3]).unwrap();
+        bench.store.learn(&bench.lock, &name, vec![3]).unwrap();
         assert_eq!(known(), learnt);
         let path = bench.dir.path().join(FOLDER).join(&name).join(WRITE_SET);
         assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
@@ -323,7 +335,7 @@ mod tests {
             fs::write(&path, damaged).unwrap();
             assert!(bench.store.find(&name).is_err(), "{damaged}");
         }
-        assert!(bench.store.learn("none", vec![1]).is_err());
+        assert!(bench.store.learn(&bench.lock, "none", vec![1]).is_err());
     }
 
     #[test]
