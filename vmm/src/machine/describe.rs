@@ -43,10 +43,9 @@ impl Machine {
         let mut lines = processors.collect::<Result<Vec<_>, Error>>()?;
         let pins = ioapic::Pins::read(&self.vm)?;
         for (index, slot) in self.bus.slots.iter().enumerate() {
-            let (slot, irq) = (lock(slot), layout::irq(index));
-            if !slot.is_empty() {
-                let pin = pins.describe(irq);
-                lines.push(format!("Slot {index}: {}; {pin}", slot.describe()));
+            if let Some(device) = lock(slot).describe() {
+                let pin = pins.describe(layout::irq(index));
+                lines.push(format!("Slot {index}: {device}; {pin}"));
             }
         }
         Ok(lines)

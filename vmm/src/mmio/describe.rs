@@ -12,13 +12,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Transport, lock};
 
 impl Transport {
-    /// One line: the device's type and status, and of each queue in use what its driver has made
-    /// available and its device has used. Call it while nothing runs.
+    /// One line, none for an empty slot: the device's type and status, and of each queue in use what its
+    /// driver has made available and its device has used. Call it while nothing runs.
     #[must_use]
-    pub fn describe(&self) -> String {
-        let Some(device) = self.device() else {
-            return "empty".into();
-        };
+    pub fn describe(&self) -> Option<String> {
+        let device = self.device()?;
         let mut line = format!(
             "device of type {}, status {:#x}, features {:#x}",
             lock(device).kind(),
@@ -40,7 +38,7 @@ impl Transport {
                 line += ", kicked";
             }
         }
-        line
+        Some(line)
     }
 }
 
