@@ -183,7 +183,57 @@ impl<'a> From<&'a mut [u8]> for Buffers<'a> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
+
+    fn bytes(buffers: &Buffers<'_>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        buffers.append_to(0, &mut bytes);
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn in_any_pieces_bytes_are_cut_and_copied_as_in_one(
+            mut pieces in vec(vec(any::<u8>(), 0..9), 0..12),
+            steps in vec((0..4, 0..70_usize), 0..12),
+        ) {
+            let mut model = pieces.concat();
+            let mut all = Buffers::default();
+            for piece in &mut pieces {
+                all.push(VolatileSlice::from(&mut piece[..])).unwrap();
+            }
+            for (step, count) in steps {
+                let cut = count.min(model.len());
+                match step {
+                    0 => {
+                        let rest = model.split_off(cut);
+                        prop_assert_eq!(bytes(&all.split_front(count)), model);
+                        model = rest;
+                    }
+                    1 => {
+                        let back = model.split_off(model.len() - cut);
+                        prop_assert_eq!(bytes(&all.split_back(count)), back);
+                    }
+                    2 => {
+                        all.truncate(count);
+                        model.truncate(count);
+                    }
+                    _ => {
+                        let new = [0xa5; 7];
+                        let fit = new.len().min(model.len() - cut);
+                        prop_assert_eq!(all.write_at(count, &new), fit);
+                        model[cut..cut + fit].copy_from_slice(&new[..fit]);
+                    }
+                }
+                prop_assert_eq!(&bytes(&all), &model);
+                prop_assert_eq!((all.len(), all.is_empty()), (model.len(), model.is_empty()));
+                let lengths = all.iovecs(count).into_iter().map(|v| v.iov_len);
+                prop_assert_eq!(lengths.sum::<usize>(), count.min(model.len()));
+            }
+        }
+    }
 
     #[test]
     fn bytes_keep_their_order_across_pieces() {

@@ -101,7 +101,113 @@ impl Credit {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
+
+    /// One step of a connection. What may be refused is in turn any number, and one about as large as
+    /// there is room for.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Note { buf_alloc: u32, ahead: Amount },
+        Receive(Amount),
+        Forward(u32),
+        Send(u32),
+        Tell,
+    }
+
+    #[derive(Debug, Clone)]
+    enum Amount {
+        Any(u32),
+        /// So much more than would fill what is free, less one.
+        AtEdge(u32),
+    }
+
+    impl Amount {
+        fn of(self, free: u64) -> u64 {
+            match self {
+                Self::Any(amount) => amount.into(),
+                Self::AtEdge(more) => (free + u64::from(more)).saturating_sub(1),
+            }
+        }
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let number = prop_oneof![0..5000_u32, any::<u32>(), u32::MAX - 2..=u32::MAX];
+        let amount = prop_oneof![
+            number.clone().prop_map(Amount::Any),
+            (0..3_u32).prop_map(Amount::AtEdge)
+        ];
+        prop_oneof![
+            (number.clone(), amount.clone())
+                .prop_map(|(buf_alloc, ahead)| Step::Note { buf_alloc, ahead }),
+            amount.prop_map(Step::Receive),
+            number.clone().prop_map(Step::Forward),
+            number.prop_map(Step::Send),
+            Just(Step::Tell),
+        ]
+    }
+
+    proptest! {
+        /// Beside numbers that do not go around: what was sent, acknowledged, received and forwarded in all.
+        #[test]
+        fn whatever_comes_no_side_is_granted_more_than_it_has(
+            (window, guest_window, start) in (1..10_000_u32, any::<u32>(), any::<u32>()),
+            steps in vec(step(), 0..60),
+        ) {
+            let at = Wrapping(start);
+            let mut credit = Credit {
+                received: at,
+                forwarded: at,
+                told: at,
+                guest_forwarded: at,
+                sent: at,
+                ..Credit::new(window, guest_window)
+            };
+            let (mut sent, mut acknowledged) = (0_u64, 0_u64);
+            let (mut received, mut forwarded) = (0_u64, 0_u64);
+            let mut granted = guest_window;
+            for step in steps {
+                let free = u64::from(window) - (received - forwarded);
+                match step {
+                    Step::Note { buf_alloc, ahead } => {
+                        let under_way = sent - acknowledged;
+                        let ahead = ahead.of(under_way).min(u32::MAX.into());
+                        let fwd_cnt = start.wrapping_add((acknowledged + ahead) as u32);
+                        let noted = credit.note(&grant(buf_alloc, fwd_cnt));
+                        prop_assert_eq!(noted.is_ok(), ahead <= under_way);
+                        if noted.is_ok() {
+                            acknowledged += ahead;
+                            granted = buf_alloc;
+                        }
+                    }
+                    Step::Receive(count) => {
+                        let count = count.of(free);
+                        let taken = credit.receive(count as usize);
+                        prop_assert_eq!(taken.is_ok(), count <= free);
+                        received += if taken.is_ok() { count } else { 0 };
+                    }
+                    Step::Forward(count) => {
+                        let count = u64::from(count).min(received - forwarded);
+                        credit.forward(count as usize);
+                        forwarded += count;
+                    }
+                    Step::Send(count) => {
+                        let count = count.min(credit.room());
+                        credit.send(count);
+                        sent += u64::from(count);
+                    }
+                    Step::Tell => {
+                        let told = start.wrapping_add(forwarded as u32);
+                        prop_assert_eq!(credit.tell(), (window, told));
+                        prop_assert!(!credit.is_due());
+                    }
+                }
+                let room = u64::from(granted).saturating_sub(sent - acknowledged);
+                prop_assert_eq!(u64::from(credit.room()), room);
+            }
+        }
+    }
 
     fn grant(buf_alloc: u32, fwd_cnt: u32) -> Header {
         Header {
