@@ -101,21 +101,30 @@ unpacked() {
 }
 
 # machine_packages PACKAGE...: installs what is missing, by the machine's own package manager.
-# A package of bookworm-backports is written `name/bookworm-backports`; the machine's sources are
-# left as they are.
+# A package of bookworm-backports is written `name/bookworm-backports`; what it needs and the machine
+# does not have comes from there too, where it is newer. The machine's sources are left as they are.
 machine_packages() {
-    local missing=() p
+    local missing=() p suite
+    local -A of_suite=()
     for p in "$@"; do
-        dpkg-query -W -f '${db:Status-Abbrev}' "${p%%/*}" 2>/dev/null | grep -q '^ii' || missing+=("$p")
+        dpkg-query -W -f '${db:Status-Abbrev}' "${p%%/*}" 2>/dev/null | grep -q '^ii' && continue
+        missing+=("${p%%/*}")
+        suite=${p#"${p%%/*}"}
+        of_suite[${suite:-/}]+=" ${p%%/*}"
     done
     [ ${#missing[@]} -gt 0 ] || return 0
-    [ "$(id -u)" = 0 ] || die "these packages are needed; install them as root: ${missing[*]%%/*}"
+    [ "$(id -u)" = 0 ] || die "these packages are needed; install them as root: ${missing[*]}"
     private_apt_init
-    say "installing ${missing[*]%%/*}"
-    # The private lists with the machine's own state of what is installed; nothing is started.
-    DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 quietly apt-get -y --no-install-recommends \
-        -o Dir::Etc::sourcelist="$APT_DIR/machine.list" -o Dir::Etc::sourceparts="$APT_DIR/parts" \
-        -o Dir::State::lists="$APT_DIR/lists" install "${missing[@]}" ||
-        die "apt could not install: ${missing[*]%%/*}"
+    say "installing ${missing[*]}"
+    for suite in "${!of_suite[@]}"; do
+        local from=()
+        [ "$suite" = / ] || from=(-t "${suite#/}")
+        # The private lists with the machine's own state of what is installed; nothing is started.
+        # shellcheck disable=SC2086  # words
+        DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 quietly apt-get -y --no-install-recommends \
+            -o Dir::Etc::sourcelist="$APT_DIR/machine.list" -o Dir::Etc::sourceparts="$APT_DIR/parts" \
+            -o Dir::State::lists="$APT_DIR/lists" "${from[@]}" install ${of_suite[$suite]} ||
+            die "apt could not install:${of_suite[$suite]}"
+    done
     private_apt_done
 }
