@@ -1,8 +1,12 @@
 //! A VM for tests: notes what is passed into it, whether that stays, and that it was stopped.
 
-use std::sync::{
-    Mutex,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use async_trait::async_trait;
@@ -47,6 +51,9 @@ impl Fake {
 impl Vm for Fake {
     fn pid(&self) -> u32 {
         0
+    }
+    fn pidfd(&self) -> io::Result<OwnedFd> {
+        Err(io::ErrorKind::Unsupported.into())
     }
     fn accelerator(&self) -> Accelerator {
         Accelerator::Tcg

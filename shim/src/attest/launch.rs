@@ -233,7 +233,6 @@ pub async fn of_node(config: &Config, vcpus: u32, params: &[String], devices: bo
         share: None,
         nics: Vec::new(),
         passed: Vec::new(),
-        netns: None,
         cgroup: crate::host_cgroup::Entrance::default(),
         hotplug_ports: if devices { hypervisor.hotplug_ports } else { 0 },
         accelerator: vm::choose_accelerator(wanted, state_dir),

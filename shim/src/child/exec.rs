@@ -22,7 +22,6 @@ use super::jail::Step;
 #[repr(u32)]
 pub(super) enum Stage {
     Cgroup = 1,
-    Netns,
     Root,
     Jail,
     Pivot,
@@ -66,9 +65,8 @@ impl Report {
 
 /// The failed step, in words.
 pub(super) fn describe(report: &Report, steps: &[Step]) -> String {
-    const STAGES: [(Stage, &str); 10] = [
+    const STAGES: [(Stage, &str); 9] = [
         (Stage::Cgroup, "join its cgroup"),
-        (Stage::Netns, "enter its network namespace"),
         (Stage::Root, "mount its root"),
         (Stage::Pivot, "change to its root"),
         (Stage::Fds, "number its descriptors (needs Linux 5.11)"),
@@ -107,7 +105,6 @@ pub(super) struct Plan<'a> {
     pub(super) born_in: Option<RawFd>,
     /// `cgroup.procs` files of those that it joins.
     pub(super) joins: Vec<RawFd>,
-    pub(super) netns: Option<RawFd>,
     pub(super) jail: Option<CString>,
     pub(super) steps: &'a [Step],
     pub(super) user: Option<(u32, u32)>,
@@ -137,7 +134,6 @@ impl Plan<'_> {
             parent: -1,
             born_in: None,
             joins: Vec::new(),
-            netns: None,
             jail: None,
             steps: &[],
             user: None,
@@ -220,9 +216,6 @@ unsafe fn prepare(plan: &mut Plan<'_>, report: &mut RawFd) -> Result<(), Failed>
                 Stage::Cgroup,
                 0,
             )?;
-        }
-        if let Some(netns) = plan.netns {
-            check(libc::setns(netns, libc::CLONE_NEWNET), Stage::Netns, 0)?;
         }
         if let Some(root) = &plan.jail {
             enter_jail(root, plan.steps, plan.user)?;

@@ -116,7 +116,6 @@ pub struct Command {
     env: Vec<(&'static str, &'static str)>,
     fds: Vec<OwnedFd>,
     cgroup: Entrance,
-    netns: Option<OwnedFd>,
     jail: Option<Jail>,
     user: Option<(u32, u32)>,
     capabilities: u64,
@@ -134,7 +133,6 @@ impl Command {
             env: Vec::new(),
             fds: Vec::new(),
             cgroup: Entrance::default(),
-            netns: None,
             jail: None,
             user: None,
             capabilities: 0,
@@ -173,13 +171,8 @@ impl Command {
         self
     }
 
-    /// The network namespace that the child enters; without it, it stays in the shim's.
-    pub fn netns(&mut self, netns: OwnedFd) -> &mut Self {
-        self.netns = Some(netns);
-        self
-    }
-
-    /// The file system that the child sees; it gets mount, PID, IPC and UTS namespaces of its own.
+    /// The file system that the child sees; it gets mount, PID, IPC, UTS and network namespaces of its
+    /// own, the last with nothing in it: whatever connections it has, it was given.
     pub fn jail(&mut self, jail: Jail) -> &mut Self {
         self.jail = Some(jail);
         self
@@ -340,6 +333,14 @@ impl Child {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// A descriptor of the process (`pidfd_open(2)`).
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
     }
 
     /// Sends SIGKILL. Idempotent; nothing happens once it has ended.

@@ -149,7 +149,6 @@ fn start(command: Command) -> Result<Spawned, ChildError> {
         Entrance::Born(dir) => plan.born_in = Some(dir.as_raw_fd()),
         Entrance::Joins(procs) => plan.joins = procs.iter().map(AsRawFd::as_raw_fd).collect(),
     }
-    plan.netns = command.netns.as_ref().map(AsRawFd::as_raw_fd);
     plan.jail = jail_root;
     plan.steps = command.jail.as_ref().map_or(&[], |j| &j.steps);
     plan.user = command.user;
@@ -199,8 +198,11 @@ fn jail_root(command: &Command) -> Result<Option<CString>, ChildError> {
 fn clone(plan: &mut Plan<'_>, report: RawFd) -> io::Result<(u32, OwnedFd)> {
     let mut flags = libc::CLONE_PIDFD as u64 | CLONE_CLEAR_SIGHAND;
     if plan.jail.is_some() {
-        let spaces =
-            libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        let spaces = libc::CLONE_NEWNS
+            | libc::CLONE_NEWPID
+            | libc::CLONE_NEWIPC
+            | libc::CLONE_NEWUTS
+            | libc::CLONE_NEWNET;
         flags |= u64::from(spaces.cast_unsigned());
     }
     let mut pidfd: RawFd = -1;

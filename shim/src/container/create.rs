@@ -11,7 +11,7 @@ use containerd_shim_protos::{api::Mount, events::task as ev};
 use oci_spec::runtime::Spec;
 use sealpod_protocol::agent;
 
-use super::{Container, Handle, process, stand_in::StandIn};
+use super::{Container, Handle, process};
 use crate::{
     attest::wanted::Wanted,
     error::{Error, Kind, Result},
@@ -53,7 +53,7 @@ pub async fn create(pod: &Arc<Pod>, request: Request, spec: Spec, role: Role) ->
     let hooks = Hooks::of(&spec, &request.id, &request.bundle).map_err(|e| refused(&e))?;
     let console = console_size(&spec);
     let stand_in = match role {
-        Role::Member { .. } => Some(StandIn::new().map_err(|e| Error::chain(Kind::Unknown, &e))?),
+        Role::Member { .. } => Some(pod.stand_in().await?),
         Role::Single | Role::Sandbox => None,
     };
     let mut container = Container {
@@ -166,7 +166,7 @@ impl Container {
         Ok(match wanted {
             PidNamespace::Private => (agent::PidNamespace::PID_PRIVATE, None),
             PidNamespace::Guest => (agent::PidNamespace::PID_GUEST, None),
-            PidNamespace::Of(pid) if !self.alone && pid == self.pod.vm_pid() => {
+            PidNamespace::Of(pid) if !self.alone && pid == self.pod.pid() => {
                 (agent::PidNamespace::PID_POD, None)
             }
             PidNamespace::Of(pid) => match self.pod.container_of(pid) {
@@ -182,7 +182,7 @@ impl Container {
     }
 
     async fn run_create_hooks(&self) -> Result<()> {
-        let done = self.hooks.run(Point::Create, self.pod.vm_pid()).await;
+        let done = self.hooks.run(Point::Create, self.pod.pid()).await;
         done.map_err(|e| Error::chain(Kind::Unknown, &e))
     }
 

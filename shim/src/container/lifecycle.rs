@@ -109,7 +109,7 @@ impl Container {
         };
         self.publish(event).await;
         // Create hooks may refuse; after the start nothing can.
-        let _ = self.hooks.run(Point::Poststart, self.pod.vm_pid()).await;
+        let _ = self.hooks.run(Point::Poststart, self.pod.pid()).await;
         Ok(self.pid())
     }
 
@@ -333,7 +333,7 @@ impl Container {
         let pid = self.pid();
         self.pod.forget(&self.id);
         // Poststop hooks are logged, not refused.
-        let _ = self.hooks.run(Point::Poststop, self.pod.vm_pid()).await;
+        let _ = self.hooks.run(Point::Poststop, self.pod.pid()).await;
         let event = ev::TaskDelete {
             container_id: self.id.clone(),
             pid,

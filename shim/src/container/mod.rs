@@ -9,7 +9,6 @@ mod exits;
 mod lifecycle;
 mod process;
 mod query;
-mod stand_in;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
@@ -21,14 +20,13 @@ use crate::{
     hooks::Hooks,
     io::Uris,
     owner::Owner,
-    pod::Pod,
+    pod::{Pod, StandIn},
 };
 pub use create::{Request as CreateRequest, create};
 use process::Process;
 pub use process::{Exit, Phase};
 pub(crate) use query::metrics_any;
 pub use query::{Snapshot, Status};
-use stand_in::StandIn;
 
 /// See the module.
 #[derive(Debug)]
@@ -84,12 +82,11 @@ impl Container {
         }
     }
 
-    /// The task's pid on the host: the VM's process for a pod and for one that is a container, a stand-in's
-    /// for the other containers.
+    /// The task's pid on the host: its stand-in's. A pod, and a container that is one, has the pod's.
     fn pid(&self) -> u32 {
         self.stand_in
             .as_ref()
-            .map_or_else(|| self.pod.vm_pid(), |s| s.pid)
+            .map_or_else(|| self.pod.pid(), StandIn::pid)
     }
 
     async fn publish(&self, event: impl Event) {

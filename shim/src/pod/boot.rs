@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -12,7 +11,7 @@ use std::{
 use oci_spec::runtime::Spec;
 use sealpod_protocol::agent;
 
-use super::{Mark, Pod, first, machine::Taken, protect, template};
+use super::{Mark, Pod, StandIn, first, machine::Taken, protect, template};
 use crate::{
     annotations,
     attest::{
@@ -156,7 +155,7 @@ pub(super) async fn boot(
     virtiofs::make_share(dir).map_err(|e| failed(&e))?;
     let network = PodNetwork::new(netns, ledger.clone()).await;
     let network = taken.network.insert(network.map_err(|e| failed(&e))?);
-    let mut config = vm_config(pod, &plan, network, cgroup)?;
+    let mut config = vm_config(pod, &plan, cgroup)?;
     let reserved = Withheld::reserve(&plan.cold, ledger).map_err(|e| failed(&e))?;
     (taken.withheld, config.passed) = reserved;
     let driver = driver(&plan, &mut config)?;
@@ -207,7 +206,9 @@ pub(super) async fn boot(
     joined?;
     pod.timeline.mark(Mark::SetUp);
     pod.put_up_gate(attested, std::mem::take(&mut taken.withheld));
-    announce(pod, &plan, vm.as_ref(), &guest, &hello);
+    let stand_in = StandIn::new(network.netns(), vm.as_ref()).await?;
+    announce(pod, &plan, vm.as_ref(), (&guest, &hello), stand_in.pid());
+    taken.stand_in = Some(stand_in);
     Ok(Duration::from_secs(
         plan.config.timeouts.shutdown_seconds.into(),
     ))
@@ -225,22 +226,12 @@ fn driver(plan: &Plan, config: &mut vm::VmConfig) -> Result<&'static dyn vm::Dri
 }
 
 /// What the VM driver is told, all but the devices. Descriptors are duplicated for the VMM; it has no others.
-fn vm_config(
-    pod: &Pod,
-    plan: &Plan,
-    network: &PodNetwork,
-    cgroup: &HostCgroup,
-) -> Result<vm::VmConfig> {
+fn vm_config(pod: &Pod, plan: &Plan, cgroup: &HostCgroup) -> Result<vm::VmConfig> {
     let hypervisor = &plan.config.hypervisor;
     let kernel = match plan.confidential {
         Some(_) => &hypervisor.confidential_kernel,
         None => &hypervisor.kernel,
     };
-    let netns = network
-        .netns()
-        .as_fd()
-        .try_clone_to_owned()
-        .map_err(|e| failed(&e))?;
     Ok(vm::VmConfig {
         dir: pod.identity.place.dir().to_owned(),
         program: PathBuf::new(), // the driver's, once that is chosen
@@ -252,7 +243,6 @@ fn vm_config(
         share: None,
         nics: Vec::new(),
         passed: Vec::new(),
-        netns: Some(netns),
         cgroup: cgroup.entrance().map_err(|e| failed(&e))?,
         hotplug_ports: plan.hotplug_ports,
         accelerator: plan.accelerator,
@@ -361,7 +351,13 @@ async fn port_forward(network: &PodNetwork, guest: &Guest) -> Option<PortForward
 }
 
 /// Tells the rest of the shim, and other programs on the host, that the pod is up.
-fn announce(pod: &Pod, plan: &Plan, vm: &dyn vm::Vm, guest: &Guest, hello: &agent::HelloResponse) {
+fn announce(
+    pod: &Pod,
+    plan: &Plan,
+    vm: &dyn vm::Vm,
+    (guest, hello): (&Guest, &agent::HelloResponse),
+    pid: u32,
+) {
     let created_ns = clock::unix_ns();
     let file = PodFile {
         namespace: pod.namespace().into(),
@@ -378,7 +374,7 @@ fn announce(pod: &Pod, plan: &Plan, vm: &dyn vm::Vm, guest: &Guest, hello: &agen
     }
     let mut view = super::lock(&pod.view);
     view.guest = Some(guest.clone());
-    view.vm_pid = vm.pid();
+    view.pid = pid;
     view.created_ns = Some(created_ns);
     view.info = [
         ("accelerator", file.accelerator),

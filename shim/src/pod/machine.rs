@@ -4,7 +4,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use super::{
-    Pod,
+    Pod, StandIn,
     boot::{self, BootRequest},
 };
 use crate::{
@@ -25,6 +25,8 @@ const VM_FOLLOWS: Duration = Duration::from_millis(300);
 #[derive(Default)]
 pub(super) struct Taken {
     pub(super) vm: Option<Arc<dyn Vm>>,
+    /// The pod's.
+    pub(super) stand_in: Option<StandIn>,
     pub(super) virtiofsd: Option<Virtiofs>,
     pub(super) network: Option<PodNetwork>,
     pub(super) port_forward: Option<PortForward>,
@@ -40,6 +42,7 @@ impl Taken {
         if let Some(vm) = self.vm.take() {
             vm.stop().await;
         }
+        self.stand_in = None;
         if let Some(virtiofsd) = self.virtiofsd.take() {
             virtiofsd.stop().await;
         }
@@ -89,6 +92,14 @@ impl Machine {
     pub(super) fn vm(&self) -> Result<&Arc<dyn Vm>> {
         let gone = || Error::new(Kind::Unavailable, "The pod's VM is not running");
         self.taken.vm.as_ref().ok_or_else(gone)
+    }
+
+    /// See [`Pod::stand_in`].
+    pub(super) async fn stand_in(&self) -> Result<StandIn> {
+        let vm = self.vm()?;
+        let network = self.taken.network.as_ref();
+        let network = network.ok_or_else(|| Error::precondition("the pod has no network"))?;
+        StandIn::new(network.netns(), vm.as_ref()).await
     }
 
     pub(super) fn ledger(&self) -> Ledger {

@@ -12,6 +12,7 @@ mod gate;
 mod machine;
 pub(crate) mod protect;
 mod sandbox;
+mod stand_in;
 mod tasks;
 mod template;
 mod timeline;
@@ -42,6 +43,7 @@ use crate::{
 use boot::BootRequest;
 use machine::Machine;
 pub use sandbox::{SandboxRequest, SandboxStatus};
+pub(crate) use stand_in::StandIn;
 use timeline::{Mark, Timeline};
 pub(crate) use volumes::Volumes;
 
@@ -62,7 +64,7 @@ pub struct Identity {
 #[derive(Debug, Default)]
 struct View {
     guest: Option<Guest>,
-    vm_pid: u32,
+    pid: u32,
     created_ns: Option<i64>,
     info: HashMap<String, String>,
 }
@@ -160,10 +162,21 @@ impl Pod {
         &self.publisher
     }
 
-    /// Pid of the VM's process on the host, which is the pid of every task in it; 0 before it is there.
+    /// The pod's pid on the host, its stand-in's; 0 before its VM is there.
     #[must_use]
-    pub fn vm_pid(&self) -> u32 {
-        lock(&self.view).vm_pid
+    pub fn pid(&self) -> u32 {
+        lock(&self.view).pid
+    }
+
+    /// A stand-in for a container of the pod.
+    ///
+    /// # Errors
+    /// The VM is not there (any more), or the thread could not be made.
+    pub(crate) async fn stand_in(&self) -> Result<StandIn> {
+        let made = self
+            .machine
+            .call(|m| Box::pin(async { m.stand_in().await }));
+        made.await?
     }
 
     /// The agent.

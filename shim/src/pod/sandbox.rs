@@ -67,7 +67,7 @@ impl Pod {
         Ok(())
     }
 
-    /// Boots the VM of a sandbox that was created. Returns its pid and when it was there.
+    /// Boots the VM of a sandbox that was created. Returns the pod's pid and when it was there.
     ///
     /// # Errors
     /// Not created, or what the boot failed of.
@@ -82,10 +82,7 @@ impl Pod {
         let boot = boot_request(self.id(), request)?;
         self.boot(boot).await?;
         self.connect_network().await?;
-        Ok((
-            self.vm_pid(),
-            lock(&self.view).created_ns.unwrap_or_default(),
-        ))
+        Ok((self.pid(), lock(&self.view).created_ns.unwrap_or_default()))
     }
 
     /// State for the Sandbox service.

@@ -39,12 +39,12 @@ impl Pod {
         lock(&self.containers).contains_key(id)
     }
 
-    /// Pid of the task `id` on the host; the VM's while it is being made, 0 where there is none.
+    /// Pid of the task `id` on the host; the pod's while it is being made, 0 where there is none.
     #[must_use]
     pub fn task_pid(&self, id: &str) -> u32 {
         match lock(&self.containers).get(id) {
             Some(Some(handle)) => handle.pid(),
-            Some(None) => self.vm_pid(),
+            Some(None) => self.pid(),
             None => 0,
         }
     }

@@ -125,7 +125,7 @@ impl Sandbox for SandboxService {
         let status = self.pod.sandbox_status();
         Ok(SandboxStatusResponse {
             sandbox_id: r.sandbox_id,
-            pid: self.pod.vm_pid(),
+            pid: self.pod.pid(),
             state: if status.ready {
                 "SANDBOX_READY"
             } else {

@@ -4,9 +4,9 @@
 
 mod launch;
 
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -187,6 +187,9 @@ async fn send(socket: &UnixStream, fd: BorrowedFd<'_>) -> Result<(), VmError> {
 impl Vm for Machine {
     fn pid(&self) -> u32 {
         self.child.pid()
+    }
+    fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.child.pidfd()
     }
 
     fn accelerator(&self) -> Accelerator {

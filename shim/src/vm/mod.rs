@@ -100,8 +100,6 @@ pub struct VmConfig {
     pub nics: Vec<Nic>,
     /// Devices that are passed in before the guest runs, each on a port.
     pub passed: Vec<Passed>,
-    /// Network namespace in which the VMM runs.
-    pub netns: Option<OwnedFd>,
     /// The VMM's cgroup.
     pub cgroup: Entrance,
     /// Devices that can be added while it runs; each costs boot time.
@@ -308,6 +306,8 @@ pub trait Driver: Send + Sync {
 pub trait Vm: Send + Sync {
     /// Process id of the VMM.
     fn pid(&self) -> u32;
+    /// A descriptor of its process.
+    fn pidfd(&self) -> io::Result<OwnedFd>;
     /// What executes the guest's instructions.
     fn accelerator(&self) -> Accelerator;
     /// The moments of its start, in order.

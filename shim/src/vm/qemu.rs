@@ -2,6 +2,7 @@
 //! as a descriptor; watches it; and tells how it ended. `args` has its command line, `qmp` its
 //! control protocol, `hotplug` the devices that come later.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -161,9 +162,6 @@ fn command(
     };
     command.args(args::build(&layout));
     command.cgroup(config.cgroup);
-    if let Some(netns) = config.netns {
-        command.netns(netns);
-    }
     command.jail(jail).user(config.user, config.user);
     // The guest's memory is not for core files.
     command.rlimit(libc::RLIMIT_CORE, 0);
@@ -188,6 +186,9 @@ struct Machine {
 impl Vm for Machine {
     fn pid(&self) -> u32 {
         self.child.pid()
+    }
+    fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.child.pidfd()
     }
 
     fn accelerator(&self) -> Accelerator {

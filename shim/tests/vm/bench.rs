@@ -139,7 +139,6 @@ impl Bench {
             share: None,
             nics: Vec::new(),
             passed: Vec::new(),
-            netns: None,
             cgroup: Entrance::default(),
             hotplug_ports: 1,
             // A busy lab's KVM looks like an emulated one, and sealpod-vmm has nothing else.

@@ -59,7 +59,6 @@ impl Bench {
             nics: Vec::new(),
             passed: Vec::new(),
             confidential: None,
-            netns: None,
             cgroup: Entrance::default(),
             hotplug_ports: 1,
             accelerator: Accelerator::Kvm,

@@ -6,12 +6,15 @@ on_every_containerd!(
     a_server_is_reached_over_cni,
     the_guest_has_the_cni_address_and_route,
     a_container_without_a_network_has_loopback,
+    a_tasks_pid_leads_to_the_pods_network_and_its_processes_have_none,
 );
 
 mod bodies {
-    use std::time::Duration;
+    use std::{fs, io::ErrorKind, path::PathBuf, time::Duration};
 
-    use sealpod_tests::{Env, Version, assets, cni, image, need, wait};
+    use sealpod_tests::{Env, Version, assets, cni, image, need, only_sealpod, wait};
+
+    use crate::failure::Victim;
 
     pub(super) fn a_server_is_reached_over_cni(version: Version) {
         need!(assets::complete());
@@ -70,6 +73,54 @@ mod bodies {
             let done = done.ok();
             assert_eq!(done.stdout, format!("lo\n{}", image::WEB_PAGE));
         }
+        env.assert_clean();
+    }
+
+    /// Names of the interfaces in the network namespace of a process, and which namespace that is.
+    fn interfaces(env: &Env, pid: u32) -> (Vec<String>, PathBuf) {
+        let of = |name: &str| env.namespaces.path(&format!("/proc/{pid}/{name}"));
+        let table = fs::read_to_string(of("net/dev")).unwrap();
+        // Two lines of titles; each other is `name: figures`.
+        let names = table.lines().skip(2).filter_map(|l| l.split(':').next());
+        let mut names: Vec<String> = names.map(|n| n.trim().to_owned()).collect();
+        names.sort();
+        (names, fs::read_link(of("ns/net")).unwrap())
+    }
+
+    pub(super) fn a_tasks_pid_leads_to_the_pods_network_and_its_processes_have_none(
+        version: Version,
+    ) {
+        need!(assets::complete());
+        only_sealpod!();
+        let env = Env::new(version).unwrap();
+        let id = env.id("pid");
+        env.ctr_start(&["--cni"], &id, &["sleep", "1000"]);
+        let pid = env.ctr_pid(&id).expect("the task's pid");
+
+        let (names, pods) = interfaces(&env, pid);
+        assert_eq!(names, ["eth0", "lo", "sealtap0"], "CNI's, and the VM's end");
+        let mut all = vec![pods];
+        for of_pod in [Victim::Vm, Victim::Virtiofsd] {
+            let found = of_pod.processes(&env);
+            assert_eq!(found.len(), 1, "{found:?}");
+            let (names, netns) = interfaces(&env, found[0].pid);
+            assert_eq!(names, ["lo"], "{found:?}");
+            all.push(netns);
+        }
+        all.push(interfaces(&env, env.containerd.pid(&env.namespaces)).1);
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count, "each in a namespace of its own: {all:?}");
+
+        // Tools that copy files by way of the task's root reach nothing of the host.
+        let root = env.namespaces.path(&format!("/proc/{pid}/root"));
+        for of_the_host in ["etc/passwd", "proc", "root", "run", "tmp", "var"] {
+            assert!(!root.join(of_the_host).exists(), "{of_the_host}");
+        }
+        let e = fs::write(root.join("file"), "").expect_err("a root that is read-only");
+        assert_eq!(e.kind(), ErrorKind::ReadOnlyFilesystem);
+        env.ctr_remove(&id);
         env.assert_clean();
     }
 }

@@ -183,9 +183,6 @@ fn command(
         }),
     };
     command.cgroup(config.cgroup);
-    if let Some(netns) = config.netns {
-        command.netns(netns);
-    }
     command.jail(jail).user(config.user, config.user);
     // The guest's memory is not for core files.
     command.rlimit(libc::RLIMIT_CORE, 0);

@@ -166,7 +166,6 @@ pub(super) mod tests {
             nics: Vec::new(),
             passed: Vec::new(),
             confidential: None,
-            netns: None,
             cgroup: crate::host_cgroup::Entrance::default(),
             hotplug_ports: 0,
             accelerator: Accelerator::Kvm,

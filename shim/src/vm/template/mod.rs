@@ -30,7 +30,6 @@ use super::{Nic, VSOCK_FILE, Vm, VmConfig, VmError};
 use crate::guest::{Dialled, Guest, GuestError};
 use crate::host_cgroup::Entrance;
 use crate::ledger::{Ledger, LedgerError, Resource, remove_tree};
-use crate::network::{NetnsError, PodNetns};
 pub use learning::Learning;
 
 use about::About;
@@ -71,9 +70,6 @@ pub enum TemplateError {
         /// What the guest wrote last.
         console: String,
     },
-    /// A network namespace of its own.
-    #[error(transparent)]
-    Netns(#[from] NetnsError),
     /// The pod's ledger.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -245,7 +241,6 @@ fn without_devices(config: &VmConfig) -> Result<VmConfig, TemplateError> {
         path: config.dir.clone(),
         source,
     };
-    let copy = |fd: &OwnedFd| fd.try_clone().map_err(failed);
     Ok(VmConfig {
         dir: config.dir.clone(),
         program: config.program.clone(),
@@ -256,7 +251,6 @@ fn without_devices(config: &VmConfig) -> Result<VmConfig, TemplateError> {
         nics: Vec::new(),
         passed: Vec::new(),
         confidential: None,
-        netns: config.netns.as_ref().map(copy).transpose()?,
         cgroup: config.cgroup.try_clone().map_err(failed)?,
         ..*config
     })
@@ -275,8 +269,7 @@ async fn make(
     let mut config = without_devices(config)?;
     config.dir = config.dir.join(MAKING_DIR);
     config.hotplug_ports = about.spare_slots();
-    // Neither the pod's network nor its share of memory: others use what is made here.
-    config.netns = Some(netns(&config).await?);
+    // Not the pod's share of memory: others use what is made here.
     config.cgroup = Entrance::default();
     let host = |action| {
         let path = config.dir.clone();
@@ -300,17 +293,6 @@ async fn make(
     store.finish(lock, name, about)?;
     tracing::info!("Template {name} made");
     Ok(())
-}
-
-/// A network namespace with nothing in it.
-async fn netns(config: &VmConfig) -> Result<OwnedFd, TemplateError> {
-    let netns = PodNetns::create().await?;
-    let fd = netns.as_fd().try_clone_to_owned();
-    fd.map_err(|source| TemplateError::Host {
-        action: "copy a descriptor of",
-        path: config.dir.clone(),
-        source,
-    })
 }
 
 async fn boot_and_save(
