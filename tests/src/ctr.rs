@@ -159,8 +159,8 @@ impl Env {
 
     /// PID of a task as containerd knows it.
     #[must_use]
-    pub fn ctr_pid(&self, id: &str) -> Option<u32> {
-        let list = self.ctr(&["task", "ls"]).stdout;
+    pub fn ctr_pid(&self, namespace: &str, id: &str) -> Option<u32> {
+        let list = self.ctr_in(namespace, &["task", "ls"]).stdout;
         let line = list
             .lines()
             .find(|l| l.split_whitespace().next() == Some(id))?;

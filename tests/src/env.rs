@@ -261,6 +261,21 @@ impl Env {
         all
     }
 
+    /// Names of the interfaces in the network namespace of a process, or a thread, of the environment,
+    /// sorted; and which namespace that is.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn network_of(&self, pid: u32) -> Result<(Vec<String>, PathBuf)> {
+        let of = |name: &str| self.namespaces.path(&format!("/proc/{pid}/{name}"));
+        let table = std::fs::read_to_string(of("net/dev"))?;
+        // Two lines of titles; each other is `name: figures`.
+        let names = table.lines().skip(2).filter_map(|l| l.split(':').next());
+        let mut names: Vec<String> = names.map(|n| n.trim().to_owned()).collect();
+        names.sort();
+        Ok((names, std::fs::read_link(of("ns/net"))?))
+    }
+
     /// What is left over compared with the freshly started environment; waits a little for what ends
     /// by itself.
     #[must_use]

@@ -11,7 +11,11 @@ mod bodies {
     use std::time::Duration;
 
     use k8s_cri::v1::{ContainerConfig, NamespaceMode};
-    use sealpod_tests::{Env, Version, assets, cri::Cri, need, only_sealpod, wait};
+    use sealpod_tests::{
+        Env, Version, assets,
+        cri::{Cri, NAMESPACE},
+        need, only_sealpod, wait,
+    };
 
     fn sleep(config: &mut ContainerConfig, seconds: &str) {
         config.command = vec!["sleep".into(), seconds.into()];
@@ -41,6 +45,14 @@ mod bodies {
             let first = cri.sh(&debug, "cat /proc/1/cmdline | tr '\\0' ' '");
             assert_eq!(first.trim(), format!("sleep {sees}"));
             joined.push(debug);
+        }
+        // Each is a number of its own on the host, and each leads to the pod's network.
+        let pids = [&a, &b, &joined[0], &joined[1]].map(|id| env.ctr_pid(NAMESPACE, id).unwrap());
+        let found = pids.map(|pid| env.network_of(pid).unwrap());
+        for (n, (names, netns)) in found.iter().enumerate() {
+            assert!(names.contains(&"eth0".to_owned()), "{names:?}");
+            assert_eq!(netns, &found[0].1);
+            assert!(!pids[..n].contains(&pids[n]), "{pids:?}");
         }
         // With the container that they belong to, the processes end; the others go on.
         cri.stop(&a, 0).unwrap();

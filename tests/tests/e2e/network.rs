@@ -10,9 +10,9 @@ on_every_containerd!(
 );
 
 mod bodies {
-    use std::{fs, io::ErrorKind, path::PathBuf, time::Duration};
+    use std::{fs, io::ErrorKind, time::Duration};
 
-    use sealpod_tests::{Env, Version, assets, cni, image, need, only_sealpod, wait};
+    use sealpod_tests::{Env, Version, assets, cni, ctr, image, need, only_sealpod, wait};
 
     use crate::failure::Victim;
 
@@ -76,17 +76,6 @@ mod bodies {
         env.assert_clean();
     }
 
-    /// Names of the interfaces in the network namespace of a process, and which namespace that is.
-    fn interfaces(env: &Env, pid: u32) -> (Vec<String>, PathBuf) {
-        let of = |name: &str| env.namespaces.path(&format!("/proc/{pid}/{name}"));
-        let table = fs::read_to_string(of("net/dev")).unwrap();
-        // Two lines of titles; each other is `name: figures`.
-        let names = table.lines().skip(2).filter_map(|l| l.split(':').next());
-        let mut names: Vec<String> = names.map(|n| n.trim().to_owned()).collect();
-        names.sort();
-        (names, fs::read_link(of("ns/net")).unwrap())
-    }
-
     pub(super) fn a_tasks_pid_leads_to_the_pods_network_and_its_processes_have_none(
         version: Version,
     ) {
@@ -95,19 +84,20 @@ mod bodies {
         let env = Env::new(version).unwrap();
         let id = env.id("pid");
         env.ctr_start(&["--cni"], &id, &["sleep", "1000"]);
-        let pid = env.ctr_pid(&id).expect("the task's pid");
+        let pid = env.ctr_pid(ctr::NAMESPACE, &id).expect("the task's pid");
 
-        let (names, pods) = interfaces(&env, pid);
+        let (names, pods) = env.network_of(pid).unwrap();
         assert_eq!(names, ["eth0", "lo", "sealtap0"], "CNI's, and the VM's end");
         let mut all = vec![pods];
         for of_pod in [Victim::Vm, Victim::Virtiofsd] {
             let found = of_pod.processes(&env);
             assert_eq!(found.len(), 1, "{found:?}");
-            let (names, netns) = interfaces(&env, found[0].pid);
+            let (names, netns) = env.network_of(found[0].pid).unwrap();
             assert_eq!(names, ["lo"], "{found:?}");
             all.push(netns);
         }
-        all.push(interfaces(&env, env.containerd.pid(&env.namespaces)).1);
+        let hosts = env.containerd.pid(&env.namespaces);
+        all.push(env.network_of(hosts).unwrap().1);
         let count = all.len();
         all.sort();
         all.dedup();
