@@ -35,17 +35,15 @@ fn a_body_beyond_its_cap_is_refused_before_it_is_sent() {
         let answer = receive(&mut stream).unwrap();
         assert_eq!(answer.status, 413, "{path}: {answer:?}");
     }
-    // Without a length, as soon as it is too much: by one byte, so that the server has read all that was sent
-    // when it hangs up. With more under way the connection would be reset, and its answer could be lost.
+    // Without a length, as soon as it is too much; who sends on reads the refusal all the same.
     let mut stream = connect(&server);
     let head =
         "POST /v1/challenge HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
     stream.write_all(head.as_bytes()).unwrap();
     let chunk = format!("1000\r\n{}\r\n", "x".repeat(0x1000));
-    for _ in 0..4 {
+    for _ in 0..256 {
         stream.write_all(chunk.as_bytes()).unwrap();
     }
-    stream.write_all(b"1\r\nx\r\n").unwrap();
     assert_eq!(receive(&mut stream).unwrap().status, 413);
     assert_eq!(get(&server, "/healthz").0, 200);
 }

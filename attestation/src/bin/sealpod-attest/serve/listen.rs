@@ -2,9 +2,9 @@
 //! life. A client that is slow, silent or broken loses its connection and nobody else's.
 //!
 //! ```text
-//!   accept ──▶ address admitted? ──▶ TLS within the time ──▶ requests ──┬─ end ─▶ closed
-//!                 └─ no ─▶ closed        └─ no ─▶ closed                ├─ lifetime over: this request, then closed
-//!                                                                       └─ draining: this request, then closed
+//!   accept ──▶ address admitted? ──▶ TLS within the time ──▶ requests ──┬─ end ─────────────────────────┐
+//!                 └─ no ─▶ closed        └─ no ─▶ closed                ├─ lifetime over: this request  ├─▶ lingers
+//!                                                                       └─ draining: this request ──────┘
 //! ```
 
 use std::convert::Infallible;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
@@ -32,6 +33,10 @@ const BUFFER: usize = 16 << 10;
 const MAX_HEADERS: usize = 48;
 /// How long a request may go on whose connection should have ended.
 const GRACE: Duration = Duration::from_secs(15);
+/// How long, and how many bytes, a client may go on sending after its last answer. A connection that is
+/// closed with bytes unread is reset, and the answer can be lost with it.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: u64 = 8 << 20;
 
 /// Serves until `stop` says true, then waits for the open connections. Returns how many were still
 /// open when the grace was over.
@@ -90,7 +95,7 @@ async fn connection(
     let limits = &service.config.limits;
     let _ = stream.set_nodelay(true);
     let acceptor = TlsAcceptor::from(service.tls());
-    let Ok(Ok(stream)) = timeout(limits.header_time(), acceptor.accept(stream)).await else {
+    let Ok(Ok(mut stream)) = timeout(limits.header_time(), acceptor.accept(stream)).await else {
         service.metrics.cut(Cut::Handshake);
         return;
     };
@@ -98,28 +103,38 @@ async fn connection(
         let answer = routes::answer(service, open, request).await;
         Ok::<_, Infallible>(answer.into_response())
     });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_time())
-        .max_buf_size(BUFFER)
-        .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), respond);
-    let mut served = pin!(served);
-    let ended = tokio::select! {
-        ended = served.as_mut() => Some(ended),
-        () = sleep(limits.connection_time()) => None,
-        _ = stop.wait_for(|stop| *stop) => None,
-    };
-    let ended = match ended {
-        Some(ended) => Ok(ended),
-        None => {
-            served.as_mut().graceful_shutdown();
-            timeout(GRACE, served).await
+    let ended = {
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.header_time())
+            .max_buf_size(BUFFER)
+            .max_headers(MAX_HEADERS)
+            .serve_connection(TokioIo::new(&mut stream), respond);
+        let mut served = pin!(served);
+        let ended = tokio::select! {
+            ended = served.as_mut() => Some(ended),
+            () = sleep(limits.connection_time()) => None,
+            _ = stop.wait_for(|stop| *stop) => None,
+        };
+        match ended {
+            Some(ended) => Ok(ended),
+            None => {
+                served.as_mut().graceful_shutdown();
+                timeout(GRACE, served).await
+            }
         }
     };
     match ended {
         Ok(Ok(())) => {}
         Ok(Err(_)) => service.metrics.cut(Cut::Request),
-        Err(_) => service.metrics.cut(Cut::Lifetime),
+        Err(_) => return service.metrics.cut(Cut::Lifetime),
     }
+    let (stream, _) = stream.into_inner();
+    let _ = timeout(LINGER, linger(stream)).await;
+}
+
+/// Reads what a client still sends that has been told that nothing more comes, until it ends or has sent
+/// enough. What it is does not matter, nor whether reading fails: the connection is closed in any case.
+async fn linger(stream: TcpStream) {
+    let _ = tokio::io::copy(&mut stream.take(LINGER_BYTES), &mut tokio::io::sink()).await;
 }
