@@ -65,6 +65,10 @@ while getopts av: option; do
     esac
 done
 shift $((OPTIND - 1))
+if [ -n "$every" ] && [ $# -gt 0 ]; then
+    echo "e2e: -a is every test; it takes no filter ($*)" >&2
+    exit 2
+fi
 case $version in
 1.6 | 1.7 | 2.1) suffix=containerd_${version/./_} ;;
 sandbox) suffix=sandbox_api ;;
