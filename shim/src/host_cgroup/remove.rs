@@ -61,18 +61,16 @@ pub fn kill_all(dir: &Path) -> Result<(), CgroupError> {
 /// made for a pod and is empty now. A directory that is not there is removed.
 ///
 /// # Errors
-/// As [`kill_all`]; `EBUSY` when the caller itself is inside.
+/// As [`kill_all`]; `EBUSY` when the caller itself stays inside.
 pub fn remove(dir: &Path) -> Result<(), CgroupError> {
     kill_all(dir)?;
     let until = Instant::now() + PATIENCE;
     loop {
         match remove_below(dir, DEPTH_MAX) {
             Ok(()) => break,
-            // A dead process leaves its cgroup a moment after it can be waited for.
+            // A dead process leaves its cgroup a moment after it can be waited for; and a thread of the
+            // caller that was ending when the caller moved out is left behind until it has ended.
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
-                if pids_of(dir).is_ok_and(|p| p.contains(&std::process::id())) {
-                    return Err(failed(dir, e));
-                }
                 std::thread::sleep(PAUSE);
             }
             Err(e) => return Err(failed(dir, e)),

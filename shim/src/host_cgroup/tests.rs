@@ -4,6 +4,8 @@ use super::*;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
+use nix::sched::{CloneFlags, unshare};
+
 use crate::child;
 
 fn root_or_skip() -> bool {
@@ -177,4 +179,39 @@ async fn a_child_is_made_in_a_cgroup_of_v2() {
     let refused = child::spawn(command, &ledger).await.unwrap_err();
     assert!(refused.to_string().contains("cgroup"), "{refused}");
     assert!(mount("umount", &[]));
+}
+
+/// In a process of its own: all of it moves, and what else is in the cgroup is killed.
+#[test]
+fn threads_of_the_caller_that_are_ending_do_not_keep_its_cgroup() {
+    const INSIDE: &str = "SEALPOD_TEST_INSIDE";
+    const NAME: &str =
+        "host_cgroup::tests::threads_of_the_caller_that_are_ending_do_not_keep_its_cgroup";
+    if !root_or_skip() {
+        return;
+    }
+    if std::env::var_os(INSIDE).is_none() {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        let status = again.args(["--exact", NAME]).env(INSIDE, "1").status();
+        assert!(status.unwrap().success());
+        return;
+    }
+    let (_base, ledger) = ledger();
+    let path = format!("/sealpod-test-threads-{}", std::process::id());
+    for round in 0..20 {
+        let cgroup = HostCgroup::create(&path, "a", &ledger, true).unwrap();
+        join(cgroup.dirs(), 0).unwrap();
+        let (alive, ended) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            // The last one in a mount namespace takes its time to end.
+            tell.send(unshare(CloneFlags::CLONE_NEWNS)).unwrap();
+            let _ = ended.recv();
+        });
+        told.recv().unwrap().unwrap();
+        drop(alive);
+        cgroup
+            .remove()
+            .unwrap_or_else(|e| panic!("round {round}: {e}"));
+    }
 }
