@@ -1,5 +1,6 @@
-//! Several requests of a queue at once: what a disk that can do more than one thing at a time needs. All of
-//! them have ended when a turn has, so that a disk that is paused, saved or taken out has nothing under way.
+//! Several reads of a queue at once: what a disk that can do more than one thing at a time needs. A write only goes to
+//! the host's page cache: no other could overtake it there, and to have somebody else do it costs more than to do it. All
+//! have ended when a turn has, so that a disk that is paused, saved or taken out has nothing under way.
 
 use virtio_queue::Error as QueueError;
 use vm_memory::GuestMemoryMmap;
@@ -9,7 +10,7 @@ use super::request::{self, Asked, Transfer};
 use super::uring::{DEPTH, Uring};
 use crate::virtio::rings::{BUDGET, Ring};
 
-/// A transfer that the kernel works on.
+/// A read that the kernel works on.
 struct Flight<'a> {
     head: u16,
     transfer: Transfer<'a>,
@@ -64,6 +65,9 @@ impl<'a> Flights<'a> {
                 let head = chain.head;
                 match request::ask(disk, chain) {
                     Asked::Done(length) => ring.give(memory, &[(head, length)])?,
+                    Asked::Transfer(transfer) if transfer.is_write() => {
+                        ring.give(memory, &[(head, transfer.perform(disk))])?;
+                    }
                     Asked::Transfer(transfer) => waiting.push((head, transfer)),
                 }
             }
@@ -96,7 +100,7 @@ impl<'a> Flights<'a> {
         }
     }
 
-    /// Has the kernel do a transfer; it begins with the next [`Flights::land`]. One for which the kernel has no room is done at
+    /// Has the kernel do a read; it begins with the next [`Flights::land`]. One for which the kernel has no room is done at
     /// once: then so many bytes count as written.
     #[expect(unsafe_code, reason = "the kernel gets addresses of guest memory")]
     fn launch(
@@ -117,10 +121,7 @@ impl<'a> Flights<'a> {
         let pieces = data.iovecs(data.len());
         // SAFETY: the pieces and the memory (volatile slices) are the flight's, which is kept until its number has
         // come back: `serve` does not return before, and `land` ends the process rather than forget one.
-        let added = unsafe {
-            let (file, write) = (disk.file(), transfer.is_write());
-            uring.add(file, write, &pieces, transfer.offset(), number)
-        };
+        let added = unsafe { uring.add(disk.file(), &pieces, transfer.offset(), number) };
         if !added {
             return Some(transfer.perform(disk));
         }

@@ -1,8 +1,8 @@
 //! Block device on a raw file or a block device of the host. Knows the queue and the device's
 //! configuration; what a request says is `request`'s business, how it is done `disk`'s.
 //!
-//! Requests go through the host's page cache: several at once where the thread has an io_uring ([`prepare_thread`]) and the guest
-//! asks for several, else one after the other.
+//! Requests go through the host's page cache, one after the other; several reads at once where the thread has an
+//! io_uring ([`prepare_thread`]) and the guest asks for several.
 //!
 //! Source: VIRTIO 1.2, section 5.2.
 
