@@ -68,24 +68,28 @@ impl<'a> Buffers<'a> {
 
     /// Cuts off and returns the first `count` bytes, or as many as there are.
     pub fn split_front(&mut self, count: usize) -> Self {
-        let mut front = Self::default();
-        let mut used = 0;
-        for slice in &mut self.slices {
-            let want = count - front.len;
-            if want == 0 {
-                break;
-            }
-            let (head, tail) = match slice.split_at(want.min(slice.len())) {
-                Ok(halves) => halves,
-                Err(_) => break, // cannot be: the cut is within the piece
-            };
-            front.len += head.len();
+        let length = count.min(self.len);
+        let (mut whole, mut left) = (0, length);
+        while let Some(slice) = self.slices.get(whole)
+            && slice.len() <= left
+        {
+            left -= slice.len();
+            whole += 1;
+        }
+        let rest = self.slices.split_off(whole);
+        let slices = std::mem::replace(&mut self.slices, rest);
+        let mut front = Self {
+            slices,
+            len: length,
+        };
+        if left > 0
+            && let Some(slice) = self.slices.first_mut()
+            && let Ok((head, tail)) = slice.split_at(left)
+        {
             front.slices.push(head);
             *slice = tail;
-            used += usize::from(tail.is_empty());
         }
-        self.slices.drain(..used);
-        self.len -= front.len;
+        self.len -= length;
         front
     }
 
@@ -131,21 +135,24 @@ impl<'a> Buffers<'a> {
         std::mem::replace(self, front)
     }
 
-    /// The first `most` bytes as the kernel's scatter-gather calls take them. Good for as long as the
-    /// pieces are.
-    pub(crate) fn iovecs(&self, most: usize) -> Vec<libc::iovec> {
+    /// At most `most` of the bytes after the first `skip`, as the kernel's scatter-gather calls take them. Good for as
+    /// long as the pieces are.
+    pub(crate) fn iovecs(&self, skip: usize, most: usize) -> Vec<libc::iovec> {
         let mut iovecs = Vec::with_capacity(self.slices.len());
-        let mut left = most;
+        let (mut skip, mut left) = (skip, most);
         for slice in &self.slices {
-            if left == 0 {
-                break;
+            let Ok(rest) = slice.offset(skip.min(slice.len())) else {
+                break; // cannot be: the offset is within the piece
+            };
+            skip -= slice.len() - rest.len();
+            let length = rest.len().min(left);
+            if length > 0 {
+                iovecs.push(libc::iovec {
+                    iov_base: rest.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: length,
+                });
+                left -= length;
             }
-            let length = slice.len().min(left);
-            iovecs.push(libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: length,
-            });
-            left -= length;
         }
         iovecs
     }
@@ -182,7 +189,13 @@ impl<'a> From<&'a mut [u8]> for Buffers<'a> {
 }
 
 #[cfg(test)]
+#[expect(unsafe_code, reason = "the kernel reads by address")]
 mod tests {
+    use std::io::Read;
+    use std::net::Shutdown;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
@@ -190,6 +203,20 @@ mod tests {
     fn bytes(buffers: &Buffers<'_>) -> Vec<u8> {
         let mut bytes = Vec::new();
         buffers.append_to(0, &mut bytes);
+        bytes
+    }
+
+    /// What the kernel would write out.
+    fn pointed_at(iovecs: &[libc::iovec]) -> Vec<u8> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        for piece in iovecs {
+            // SAFETY: the kernel reads what a piece of the test's buffers names, and says so if it is no memory.
+            let sent = unsafe { libc::write(ours.as_raw_fd(), piece.iov_base, piece.iov_len) };
+            assert_eq!(sent as usize, piece.iov_len);
+        }
+        ours.shutdown(Shutdown::Write).unwrap();
+        let mut bytes = Vec::new();
+        theirs.read_to_end(&mut bytes).unwrap();
         bytes
     }
 
@@ -229,8 +256,11 @@ mod tests {
                 }
                 prop_assert_eq!(&bytes(&all), &model);
                 prop_assert_eq!((all.len(), all.is_empty()), (model.len(), model.is_empty()));
-                let lengths = all.iovecs(count).into_iter().map(|v| v.iov_len);
-                prop_assert_eq!(lengths.sum::<usize>(), count.min(model.len()));
+                for skip in [0, count / 2, count] {
+                    let skipped = skip.min(model.len());
+                    let end = (skipped + count).min(model.len());
+                    prop_assert_eq!(pointed_at(&all.iovecs(skip, count)), &model[skipped..end]);
+                }
             }
         }
     }
@@ -287,7 +317,7 @@ mod tests {
         let mut all = Buffers::from(&mut a[..]);
         all.push(VolatileSlice::from(&mut b[..])).unwrap();
         for (most, lengths) in [(0, &[][..]), (3, &[3]), (5, &[3, 2]), (9, &[3, 4])] {
-            let found: Vec<usize> = all.iovecs(most).iter().map(|v| v.iov_len).collect();
+            let found: Vec<usize> = all.iovecs(0, most).iter().map(|v| v.iov_len).collect();
             assert_eq!(found, lengths, "{most}");
         }
     }

@@ -11,7 +11,7 @@ use super::buffers::Buffers;
 
 /// Reads once; 0 is the end. Returns how many bytes.
 pub(super) fn read(from: &impl AsRawFd, to: &Buffers<'_>) -> io::Result<usize> {
-    let pieces = to.iovecs(to.len());
+    let pieces = to.iovecs(0, to.len());
     let count = pieces.len() as libc::c_int; // at most MAX_PIECES
     // SAFETY: `pieces` points to memory that `to` keeps mapped and writable for the call and that no
     // Rust reference points to (volatile slices).
@@ -20,7 +20,7 @@ pub(super) fn read(from: &impl AsRawFd, to: &Buffers<'_>) -> io::Result<usize> {
 
 /// Writes once. Returns how many bytes were taken.
 pub(super) fn write(to: &impl AsRawFd, from: &Buffers<'_>) -> io::Result<usize> {
-    let pieces = from.iovecs(from.len());
+    let pieces = from.iovecs(0, from.len());
     let count = pieces.len() as libc::c_int; // at most MAX_PIECES
     // SAFETY: `pieces` points to memory that `from` keeps mapped for the call; the kernel only reads
     // it. That the guest may write it meanwhile changes what is written.
@@ -55,15 +55,14 @@ fn all(
     offset: u64,
     once: impl Fn(*const libc::iovec, libc::c_int, libc::off_t) -> io::Result<usize>,
 ) -> io::Result<()> {
-    let mut rest = buffers.clone();
-    while !rest.is_empty() {
-        let done = (buffers.len() - rest.len()) as u64;
-        let position = offset.checked_add(done).and_then(|at| at.try_into().ok());
+    let mut done = 0;
+    while done < buffers.len() {
+        let position = (offset.checked_add(done as u64)).and_then(|at| at.try_into().ok());
         let position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        let pieces = rest.iovecs(rest.len());
+        let pieces = buffers.iovecs(done, usize::MAX);
         match once(pieces.as_ptr(), pieces.len() as libc::c_int, position) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => drop(rest.split_front(count)),
+            Ok(count) => done += count,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }

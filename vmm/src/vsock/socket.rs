@@ -19,7 +19,7 @@ pub(super) const MAX_PATH: usize = 107;
 
 /// Sends guest memory. Returns how many bytes the socket took; `WouldBlock` when none.
 pub(super) fn send(stream: &UnixStream, from: &Buffers<'_>) -> io::Result<usize> {
-    let mut pieces = from.iovecs(from.len());
+    let mut pieces = from.iovecs(0, from.len());
     let message = message(&mut pieces);
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: `message` points to `pieces`, and these to memory that `from` keeps mapped for the
@@ -29,7 +29,7 @@ pub(super) fn send(stream: &UnixStream, from: &Buffers<'_>) -> io::Result<usize>
 
 /// Receives up to `most` bytes into guest memory; 0 is the end of the stream.
 pub(super) fn receive(stream: &UnixStream, to: &Buffers<'_>, most: usize) -> io::Result<usize> {
-    let mut pieces = to.iovecs(most);
+    let mut pieces = to.iovecs(0, most);
     let mut message = message(&mut pieces);
     // SAFETY: `message` points to `pieces`, and these to memory that `to` keeps mapped and writable
     // for the call and that no Rust reference points to (volatile slices).

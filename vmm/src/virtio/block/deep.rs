@@ -118,7 +118,7 @@ impl<'a> Flights<'a> {
             }
         };
         let data = transfer.data();
-        let pieces = data.iovecs(data.len());
+        let pieces = data.iovecs(0, data.len());
         // SAFETY: the pieces and the memory (volatile slices) are the flight's, which is kept until its number has
         // come back: `serve` does not return before, and `land` ends the process rather than forget one.
         let added = unsafe { uring.add(disk.file(), &pieces, transfer.offset(), number) };
