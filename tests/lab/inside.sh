@@ -25,8 +25,6 @@ echo $$ >/sys/fs/cgroup/lab/cgroup.procs
 for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
     echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
 done
-# Without its TDP MMU: with it guests fail under this emulation, which docs/lab.md tells of.
-modprobe -d "$modules" kvm tdp_mmu=0
 modprobe -a -d "$modules" kvm-amd vhost_vsock vhost_net tun veth bridge loop virtio_blk fuse act_mirred \
     cls_u32 cls_bpf sch_ingress
 hostname lab

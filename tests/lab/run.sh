@@ -97,14 +97,16 @@ done
 
 # tsc=reliable: otherwise its clock is the HPET, each reading of it an exit to QEMU, and guests inside
 # get no usable clock. no_timer_check: on a busy machine the kernel finds that its timer does not work.
+# isolcpus=0, and one more processor: the first must run no guest, because the others clear a flag of it whenever they
+# load the state of the FPU, and meanwhile it loses others, such as whether it runs one (docs/lab.md).
 # Mitigations: nobody attacks the lab.
 # shellcheck disable=SC2086  # SEALPOD_LAB_QEMU is words
 timeout --foreground -k 5 "$patience" qemu-system-x86_64 -M q35,memory-backend=memory \
-    -accel tcg,thread=multi,tb-size=1024 -cpu max -smp "$cpus" -m "$memory" \
+    -accel tcg,thread=multi,tb-size=1024 -cpu max -smp $((cpus + 1)) -m "$memory" \
     -object "memory-backend-memfd,id=memory,size=${memory}M,share=on" \
     -nodefaults -no-user-config -display none -no-reboot \
     -kernel "$lab_kernel" -initrd "$lab_initrd" \
-    -append "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check lab.results=$results lab.modules=${lab_modules%/lib/modules/*} ${SEALPOD_LAB_APPEND:-}" \
+    -append "console=ttyS0 quiet panic=-1 oops=panic isolcpus=0 mitigations=off nokaslr tsc=reliable no_timer_check lab.results=$results lab.modules=${lab_modules%/lib/modules/*} ${SEALPOD_LAB_APPEND:-}" \
     -chardev "socket,id=machine,path=$work/machine" \
     -device vhost-user-fs-pci,chardev=machine,tag=machine,queue-size=1024 \
     -chardev "socket,id=results,path=$work/results" \

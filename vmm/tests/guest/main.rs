@@ -6,3 +6,4 @@ mod bench;
 mod control;
 mod snapshot;
 mod speed;
+mod storm;
