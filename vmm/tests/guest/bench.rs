@@ -62,6 +62,14 @@ impl Bench {
         self.dir.path()
     }
 
+    pub(crate) fn what_boots(&self, cmdline: &str) -> Boot {
+        Boot {
+            kernel: File::open(&self.kernel).unwrap(),
+            initramfs: Some(File::open(&self.initramfs).unwrap()),
+            cmdline: cmdline.into(),
+        }
+    }
+
     pub(crate) fn disk(&self, name: &str) -> File {
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
@@ -73,11 +81,7 @@ impl Bench {
     pub(crate) fn boot(&self, vcpus: u32) -> Guest {
         Guest::new(self.disk("first"), |console, devices, ended| {
             let config = Config {
-                boot: Boot {
-                    kernel: File::open(&self.kernel).unwrap(),
-                    initramfs: Some(File::open(&self.initramfs).unwrap()),
-                    cmdline: "console=ttyS0 quiet panic=-1".into(),
-                },
+                boot: self.what_boots("console=ttyS0 quiet panic=-1"),
                 memory_mib: 128,
                 shared_memory: false,
                 vcpus,

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use sealpod_vmm::machine::{Boot, Config, Machine};
+use sealpod_vmm::machine::{Config, Machine};
 use sealpod_vmm::virtio::{Block, Device, Error, Net, NetConfig, open_tap};
 
 use crate::bench::{Bench, DISK};
@@ -128,11 +128,7 @@ fn sealpod_vmm(bench: &Bench, disk: &Path) -> Times {
         Arc::new(Mutex::new(Net::new(vec![tap], net).unwrap())),
     ];
     let config = Config {
-        boot: Boot {
-            kernel: File::open(&bench.kernel).unwrap(),
-            initramfs: Some(File::open(&bench.initramfs).unwrap()),
-            cmdline: CMDLINE.into(),
-        },
+        boot: bench.what_boots(CMDLINE),
         memory_mib: 256,
         shared_memory: false,
         vcpus: 1,

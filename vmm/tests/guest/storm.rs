@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use sealpod_vmm::machine::{Boot, Config, Machine};
+use sealpod_vmm::machine::{Config, Machine};
 
 use crate::bench::{Bench, devices};
 
@@ -72,11 +72,7 @@ fn sealpod_vmm(bench: &Bench, guest: usize) -> Fate {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (tell, ended) = mpsc::channel();
     let config = Config {
-        boot: Boot {
-            kernel: File::open(&bench.kernel).unwrap(),
-            initramfs: Some(File::open(&bench.initramfs).unwrap()),
-            cmdline: CMDLINE.into(),
-        },
+        boot: bench.what_boots(CMDLINE),
         memory_mib: 256,
         shared_memory: false,
         vcpus: VCPUS,
