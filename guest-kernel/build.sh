@@ -41,6 +41,7 @@ fragments() {
 key_of() {
 	{
 		source_version
+		patches_version
 		gcc --version | head -1
 		fragments "$1" | xargs grep -hE '^(# )?CONFIG_'
 		echo "recipe $recipe"

@@ -1,7 +1,8 @@
-# Where the kernel's source comes from, and the tools that building it needs. Sourced by build.sh,
-# which sets $cache and provides say and die; sets $source. Nothing here knows flavours or options.
+# Where the kernel's source comes from, what is mended in it (patches/), and the tools that building it
+# needs. Sourced by build.sh, which sets $here and $cache and provides say and die; sets $source. Nothing
+# here knows flavours or options.
 package=linux-source-6.12
-tools=(bc bison flex gcc libc6-dev libelf-dev libssl-dev lz4 make perl xz-utils)
+tools=(bc bison flex gcc libc6-dev libelf-dev libssl-dev lz4 make patch perl xz-utils)
 source=
 
 # Installs what is missing where that is possible, else says what to install.
@@ -34,15 +35,37 @@ source_version() {
 	fi
 }
 
-# Sets $source to an unpacked tree.
+# One line that changes when what is mended does; what a patch says of itself does not count.
+patches_version() { sed -s '1,/^--- /{/^--- /!d}' "$here"/patches/*.patch | sha256sum | cut -c1-16; }
+
+# Mends the tree in a folder, as far as its release has not been mended already.
+mend() {
+	local tree=$1 patch
+	for patch in "$here"/patches/*.patch; do
+		! mended "$tree" "$patch" || continue
+		patch -d "$tree" -p1 --force --fuzz=0 <"$patch" >"$tree/mend.log" 2>&1 ||
+			die "${patch##*/} does not fit this source: $(tail -n 3 "$tree/mend.log" | tr '\n' ' ')"
+		rm "$tree/mend.log"
+		say "mended: ${patch##*/}"
+	done
+}
+
+mended() { patch -d "$1" -p1 --force --reverse --dry-run --fuzz=0 <"$2" >/dev/null 2>&1; }
+
+# Sets $source to an unpacked and mended tree.
 prepare_source() {
 	if [ -d "${KERNEL_SOURCE:-}" ]; then
 		source=$(realpath "$KERNEL_SOURCE")
 		[ ! -f "$source/.config" ] || die "KERNEL_SOURCE=$source has been built in; run 'make mrproper' there"
+		local patch
+		for patch in "$here"/patches/*.patch; do
+			# A folder is its owner's: nothing is written into it.
+			mended "$source" "$patch" || die "KERNEL_SOURCE=$source lacks ${patch##*/}: apply it with patch -p1, or name a tarball"
+		done
 		return
 	fi
 	local version
-	version=$(source_version)
+	version="$(source_version) $(patches_version)"
 	source=$cache/guest-kernel/source/$(sha256sum <<<"$version" | cut -c1-16)
 	[ ! -f "$source/Kbuild" ] || return 0
 	say "unpacking the source"
@@ -54,6 +77,7 @@ prepare_source() {
 		dpkg-deb --fsys-tarfile "$deb" | tar -xO "./usr/src/$package.tar.xz" | unpack
 	fi
 	[ -f "$source.new/Kbuild" ] || die "${KERNEL_SOURCE:-$package}: not a Linux source archive"
+	mend "$source.new"
 	mv "$source.new" "$source"
 }
 

@@ -18,6 +18,7 @@ mod cri_volumes;
 mod docker;
 mod failure;
 mod failure_agent;
+mod failure_reads;
 mod files;
 mod hostile_agent;
 mod io;
