@@ -273,7 +273,6 @@ impl Containers {
         container.init.exit().await;
         eject::eject(container.disks.clone()).await;
         lock(&self.table).remove(id);
-        crate::share::forget(id);
         Ok(())
     }
 
